@@ -1,0 +1,103 @@
+"""VDVAE replicas held by Ray actors, and the pool that keeps them busy.
+
+A replica reads a part, computes, and writes a shard; the driver only hands out names. A replica that dies is started again
+by Ray and its part is done anew; since parts and batches are fixed, the result does not depend on who did it.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from tqdm import tqdm
+
+from nsdray.config import ClusterConfig
+from nsdray.generators.stage1 import decode_pictures, to_png
+from nsdray.models.vdvae import load_vdvae
+from nsdray.nsd.stimuli import Stimuli
+from nsdray.stages import VDVAE_CONFIGS, Part, Plan, SubjectPlan, layer_name
+from nsdray.store import Inputs, Stage, table, view_column
+from nsdray.targets.vdvae_latents import vdvae_latents
+
+
+class VDVAEReplica:
+    """One loaded VDVAE."""
+
+    def __init__(self, plan: Plan):
+        config, device = plan.config, "cuda" if torch.cuda.is_available() else "cpu"
+        self.plan = plan
+        self.vdvae = load_vdvae(plan.vdvae_checkpoint, VDVAE_CONFIGS[config.targets.vdvae](), device)
+
+    def extract(self, subject: SubjectPlan, split: str, part: Part, inputs: Inputs) -> None:
+        """Encode the pictures of a part and write its targets."""
+        settings = self.plan.config.targets
+        with Stimuli(self.plan.layout.stimuli) as stimuli:
+            pictures = stimuli.read(part.image_ids)
+        layers = vdvae_latents(
+            self.vdvae, pictures, part.image_ids, settings.n_layers, settings.latents, settings.seed, settings.batch_size
+        )
+        columns = {"image_id": part.image_ids} | {layer_name(i): z for i, z in enumerate(layers)}
+        self.plan.targets.write(subject.targets(split), part.name, table(columns), inputs)
+
+    def reconstruct(self, source: Stage, source_partition: str, target: Stage, target_partition: str, part: str,
+                    inputs: Inputs) -> None:  # fmt: skip
+        """Decode the latents of a part of source (targets or predictions) and write its pictures."""
+        config = self.plan.config
+        data = source.read(source_partition, part, ["image_id", *map(layer_name, range(config.n_layers))])
+        image_ids, stage1 = view_column(data, "image_id"), config.stage1
+        pictures = decode_pictures(
+            self.vdvae, [view_column(data, layer_name(i)) for i in range(config.n_layers)], image_ids, stage1.seed,
+            stage1.temperature, stage1.deterministic, stage1.batch_size,
+        )  # fmt: skip
+        columns = {"image_id": image_ids, "stage1": [to_png(p) for p in pictures],
+                   "seed": np.full(len(image_ids), stage1.seed, np.int64)}  # fmt: skip
+        target.write(target_partition, part, table(columns), inputs)
+
+
+def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], description: str) -> None:
+    """Do calls (method name, arguments) on a pool of VDVAE replicas, in any order."""
+    if not calls:
+        return
+    settings = plan.config.cluster
+    n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
+    actor = ray.remote(VDVAEReplica).options(**resources, max_restarts=settings.max_retries, max_task_retries=settings.max_retries)
+    shared = ray.put(plan)
+    pool = ray.util.ActorPool([actor.remote(shared) for _ in range(n_replicas)])
+    for method, arguments in calls:
+        pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), (method, arguments))
+    _drain(pool, len(calls), f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})")
+
+
+def _drain(pool: ray.util.ActorPool, n: int, description: str) -> None:
+    with tqdm(total=n, desc=description, unit="part") as progress:
+        while pool.has_next():
+            pool.get_next_unordered()
+            progress.update()
+
+
+def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int) -> tuple[int, dict[str, float]]:
+    """Number of replicas and the resources of each."""
+    gpus, cpus = available.get("GPU", 0), available.get("CPU", 1)
+    if gpus:
+        n, resources = int(gpus / settings.gpus_per_replica), {"num_cpus": 1, "num_gpus": settings.gpus_per_replica}
+    else:
+        n, resources = max(min(2, int(cpus)), int(cpus) // 2), {"num_cpus": 1}
+    n = settings.n_replicas or n
+    fits = int(gpus / settings.gpus_per_replica) if gpus else int(cpus)
+    if n > max(1, fits):
+        raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
+    return max(1, min(n, n_calls)), resources
+
+
+def gather(refs: Iterable[ray.ObjectRef], description: str, unit: str) -> list[Any]:
+    """Results of tasks, in order, with a progress bar; the first error is raised as soon as it happens."""
+    refs = list(refs)
+    waiting = list(refs)
+    with tqdm(total=len(refs), desc=description, unit=unit, disable=not refs) as progress:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            ray.get(done)
+            progress.update(len(done))
+    return ray.get(refs)

@@ -1,0 +1,149 @@
+"""A fitted model that decodes one new image: betas in, picture out. No targets, no cluster, no Ray.
+
+A decoder is a folder:
+
+- ``decoder.json``: which regressor, which VDVAE (with the SHA-256 of its weights), which layers, how to rescale
+- ``scaling.safetensors``: voxel indices, z-score of the betas, moments of the latents and of held-out predictions
+- the regressor's weights: ``network.safetensors``, or for ridge one ``ridge_layer_NN.safetensors`` per layer
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import numpy as safetensors_numpy
+from safetensors.torch import load_file
+
+from nsdray.generators.stage1 import decode_pictures
+from nsdray.mini import weights_path
+from nsdray.models.vdvae import VDVAE, VDVAEConfig, load_vdvae
+from nsdray.regressors import REGRESSORS
+from nsdray.regressors.scaling import moments, rescale, zscore
+from nsdray.training import predict
+
+
+@dataclass(frozen=True)
+class DecoderCard:
+    """Contents of decoder.json."""
+
+    subject: int
+    regressor: str
+    """"ridge" or a name in REGRESSORS."""
+    layer_shapes: list[list[int]]
+    """(zdim, r, r) of each predicted layer."""
+    rescale: str
+    """"train_moments", "test_moments" or "none"."""
+    vdvae: str
+    """"mini" or "imagenet64"."""
+    vdvae_sha256: str
+    simulated: bool
+    """True if the betas are those of the miniature NSD."""
+    network: dict
+    """Arguments of the network beyond its sizes."""
+
+
+@dataclass
+class Scaling:
+    """Fitted on training images only. All float32 but for voxel_index (int64)."""
+
+    voxel_index: np.ndarray
+    """(n_voxels,) flat index of each voxel in C order of the volume."""
+    betas_mean: np.ndarray
+    betas_std: np.ndarray
+    latents_mean: np.ndarray
+    """(n_targets,) moments of the training latents."""
+    latents_std: np.ndarray
+    predictions_mean: np.ndarray
+    """(n_targets,) moments of the predictions for images that the regressor was not fitted to."""
+    predictions_std: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        return safetensors_numpy.save({name: np.ascontiguousarray(value) for name, value in vars(self).items()})
+
+
+class Decoder:
+    """Betas of one subject to latents and to the stage-1 picture."""
+
+    def __init__(self, card: DecoderCard, scaling: Scaling, network: torch.nn.Module | None,
+                 ridge: tuple[np.ndarray, np.ndarray] | None, vdvae: VDVAE | None = None):  # fmt: skip
+        self.card, self.scaling, self.network, self.ridge, self._vdvae = card, scaling, network, ridge, vdvae
+
+    @classmethod
+    def load(cls, folder: str | Path, vdvae: VDVAE | None = None) -> Decoder:
+        """Load a folder ``models/<model>/subject=NN``. vdvae: the loaded VDVAE; None loads the packaged mini one when
+        `decode` needs it."""
+        folder = Path(folder)
+        if not (folder / "decoder.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no decoder.json; give a finished folder models/<model>/subject=NN")
+        card = DecoderCard(**json.loads((folder / "decoder.json").read_text()))
+        scaling = Scaling(**safetensors_numpy.load_file(folder / "scaling.safetensors"))
+        if card.regressor == "ridge":
+            files = [folder / f"ridge_layer_{i:02d}.safetensors" for i in range(len(card.layer_shapes))]
+            layers = [safetensors_numpy.load_file(file) for file in files]
+            ridge = tuple(np.concatenate([layer[name] for layer in layers], -1) for name in ("weights", "intercept"))
+            return cls(card, scaling, None, ridge, vdvae)
+        network = REGRESSORS[card.regressor](len(scaling.betas_mean), len(scaling.latents_mean), **card.network)
+        network.load_state_dict(load_file(folder / "network.safetensors"))
+        return cls(card, scaling, network.eval(), None, vdvae)
+
+    @property
+    def vdvae(self) -> VDVAE:
+        if self._vdvae is None:
+            if self.card.vdvae != "mini":
+                raise ValueError(
+                    "this decoder needs the published VDVAE: load it with nsdray.models.vdvae.load_vdvae(FILE, "
+                    "VDVAEConfig.imagenet64()) and pass it as Decoder.load(folder, vdvae=…)"
+                )
+            self._vdvae = load_vdvae(weights_path("vdvae"), VDVAEConfig.mini())
+        return self._vdvae
+
+    def raw_predictions(self, betas: np.ndarray) -> np.ndarray:
+        """Latents before rescaling, float32 (n, n_targets). betas: (n, n_voxels) percent signal change."""
+        betas, s = np.asarray(betas, np.float32), self.scaling
+        if betas.ndim != 2 or betas.shape[1] != len(s.betas_mean):
+            raise ValueError(
+                f"betas have shape {betas.shape}; this decoder of subject {self.card.subject} wants "
+                f"(n, {len(s.betas_mean)}), the voxels of scaling.voxel_index"
+            )
+        if not np.isfinite(betas).all():
+            raise ValueError(f"betas hold {np.count_nonzero(~np.isfinite(betas))} values that are not finite")
+        x = zscore(betas, s.betas_mean, s.betas_std)
+        if self.ridge is not None:
+            weights, intercept = self.ridge
+            return x @ weights + intercept
+        return predict(self.network, x, s.latents_mean, s.latents_std).numpy()
+
+    def predict(self, betas: np.ndarray) -> list[np.ndarray]:
+        """Rescaled latents, one float32 (n, zdim, r, r) array per layer. betas: (n, n_voxels) percent signal change."""
+        s, mode = self.scaling, self.card.rescale
+        latents = self.raw_predictions(betas)
+        if mode == "train_moments":
+            latents = rescale(latents, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
+        elif mode == "test_moments":
+            if len(latents) < 2:
+                raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
+            latents = rescale(latents, *moments(latents), s.latents_mean, s.latents_std)
+        sizes = [int(np.prod(shape)) for shape in self.card.layer_shapes]
+        layers = np.split(latents, np.cumsum(sizes)[:-1], 1)
+        return [z.reshape(len(z), *shape) for z, shape in zip(layers, self.card.layer_shapes)]
+
+    def decode(self, betas: np.ndarray, image_ids: Sequence[int] | None = None, **settings) -> np.ndarray:
+        """Stage-1 pictures, uint8 (n, s, s, 3), or (s, s, 3) for betas of one image (n_voxels,).
+
+        betas: percent signal change, voxels as in scaling.voxel_index. image_ids key the draws of the layers that are
+        not predicted (default: 0, 1, …); settings: seed, temperature, deterministic, as `decode_pictures`.
+        """
+        betas = np.asarray(betas)
+        batch = betas[None] if betas.ndim == 1 else betas
+        image_ids = range(len(batch)) if image_ids is None else image_ids
+        pictures = decode_pictures(self.vdvae, self.predict(batch), image_ids, **settings)
+        return pictures[0] if betas.ndim == 1 else pictures
+
+
+def card_bytes(card: DecoderCard) -> bytes:
+    """decoder.json's contents."""
+    return json.dumps(asdict(card), indent=1).encode()

@@ -1,0 +1,60 @@
+"""Per-image scores and the table that people read.
+
+Every score comes with its chance level (the same pictures, paired wrongly) and, for pictures, its ceiling (the VDVAE given
+the true latents).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nsdray.metrics.pixel import PIXEL_METRICS
+from nsdray.seeds import rng
+
+LATENT_METRICS = ("latent_mse", "latent_mae")
+METRICS = (*LATENT_METRICS, *PIXEL_METRICS)
+LOWER_IS_BETTER = frozenset(LATENT_METRICS)
+Score = tuple[str, str, np.ndarray]
+"""(metric, pairing, values (n,) float64), pairing one of "matched", "chance", "ceiling"."""
+
+
+def wrong_pairings(n: int, seed: int = 0, n_pairings: int = 5) -> list[np.ndarray]:
+    """Derangements of n images: index arrays (n,) that pair no image with itself. Needs n >= 2."""
+    if n < 2:
+        raise ValueError(f"chance level: {n} test image; wrong pairs need at least 2")
+    shifts = rng(seed, "wrong pairs", n).permutation(np.arange(1, n))[:n_pairings]
+    return [(np.arange(n) + shift) % n for shift in shifts]
+
+
+def latent_scores(truth: np.ndarray, prediction: np.ndarray) -> Iterator[Score]:
+    """MSE and MAE over the latents of each image, (n, n_targets) pairs on the raw latents' scale. Lower is better; 0 is
+    perfect. Chance: the latents of other images."""
+    truth, prediction = truth.astype(np.float32), prediction.astype(np.float32)
+    for name, error in zip(LATENT_METRICS, (np.square, np.abs)):
+        yield name, "matched", error(prediction - truth).mean(1, dtype=np.float64)
+        wrong = [error(prediction - truth[other]).mean(1, dtype=np.float64) for other in wrong_pairings(len(truth))]
+        yield name, "chance", np.mean(wrong, 0)
+
+
+def picture_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
+    """Pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the VDVAE gives them from true latents.
+
+    Chance: the decoded pictures against other images, over at most 5 wrong pairings (fewer for large test sets, where one
+    is precise enough).
+    """
+    pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
+    for name, metric in PIXEL_METRICS.items():
+        yield name, "matched", metric(seen, pictures)
+        yield name, "chance", np.mean([metric(seen[other], pictures) for other in pairings], 0)
+        yield name, "ceiling", metric(seen, ceiling)
+
+
+def format_table(rows: list[dict[str, object]]) -> str:
+    """A text table from dicts with the same keys; floats get three decimals, the first columns are left-aligned."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    header = list(rows[0])
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in [header, *cells]]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""Session betas on disk -> the chosen voxels as int16, exactly as stored (percent signal change x 300).
+
+NSD publishes a session twice, as HDF5 and as compressed NIfTI. Both are read at nearly the speed of the bare storage:
+
+- HDF5 stores a voxel's trials in a chunk of its own, uncompressed. Each chosen voxel's chunk is fetched by its address,
+  which skips the selection machinery, and in the file's order.
+- NIfTI stores one volume after the other in one compressed stream. The stream is decompressed volume by volume, and the
+  chosen voxels are picked from each.
+
+Neither ever holds more than the result and a buffer of BUFFER_BYTES or one volume.
+"""
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+
+from nsdray.nsd.rois import Voxels
+
+SCALE = 300
+"""A stored int16 is percent signal change times this."""
+BUFFER_BYTES = 64 * 2**20
+_DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    zlib.error,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+)
+"""What h5py, gzip and nibabel raise for a damaged file."""
+
+
+def session_shape(path: Path | str) -> tuple[int, tuple[int, int, int]]:
+    """(n_trials, (X, Y, Z)) of a session, from its header alone."""
+    path = Path(path)
+    if _is_hdf5(path):
+        with _open_hdf5(path) as file:
+            n_trials, *zyx = _dataset(file, path).shape
+            return n_trials, tuple(zyx[::-1])
+    *xyz, n_trials = _nifti_header(path).shape
+    return n_trials, tuple(xyz)
+
+
+def read_session(path: Path | str, voxels: Voxels) -> np.ndarray:
+    """Betas of the chosen voxels, (n_trials, n_voxels) int16, C-contiguous, in the order of voxels.index.
+
+    path: .hdf5, .nii.gz or .nii. ValueError for a damaged file, another grid than the voxels', or values that are not
+    plain int16.
+    """
+    path = Path(path)
+    n_trials, shape = session_shape(path)
+    if shape != tuple(voxels.shape):
+        raise ValueError(
+            f"{path} has the grid {shape}, but the ROIs have {tuple(voxels.shape)}; take both from the same subject "
+            "and resolution"
+        )
+    xyz = np.unravel_index(voxels.index, shape)
+    betas = np.empty((n_trials, len(voxels.index)), np.int16)
+    try:
+        if _is_hdf5(path):
+            with _open_hdf5(path) as file:
+                dataset = _dataset(file, path)
+                read = _read_voxel_chunks if _has_voxel_chunks(dataset) else _read_boxes
+                read(dataset, xyz, betas)
+        else:
+            _read_volumes(path, np.ravel_multi_index(xyz, shape, order="F"), betas)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+    return betas
+
+
+def dead_voxels(betas: np.ndarray) -> np.ndarray:
+    """Voxels that never change: bool (n_voxels,) from betas (n_trials, n_voxels)."""
+    return betas.min(axis=0) == betas.max(axis=0)
+
+
+def _is_hdf5(path: Path) -> bool:
+    if not path.exists():
+        raise FileNotFoundError(f"no betas {path}; download the session from NSD's bucket")
+    if path.name.endswith((".hdf5", ".h5")):
+        return True
+    if path.name.endswith((".nii.gz", ".nii")):
+        return False
+    raise ValueError(f"{path} is no session of betas: its name must end in .hdf5, .nii.gz or .nii")
+
+
+# ---- HDF5
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path)
+    except OSError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+
+
+def _dataset(file: h5py.File, path: Path) -> h5py.Dataset:
+    """The checked dataset, int16 (n_trials, Z, Y, X): MATLAB's (X, Y, Z, n_trials) seen from C."""
+    if "betas" not in file:
+        raise ValueError(f"{path} has no dataset 'betas', only {sorted(file)}; it is not one of NSD's sessions")
+    dataset = file["betas"]
+    if dataset.ndim != 4:
+        raise ValueError(f"betas in {path} have shape {dataset.shape}; expected (n_trials, Z, Y, X)")
+    if dataset.dtype.kind != "i" or dataset.dtype.itemsize != 2:
+        raise ValueError(f"betas in {path} are {dataset.dtype}; expected int16, percent signal change x {SCALE}")
+    return dataset
+
+
+def _has_voxel_chunks(dataset: h5py.Dataset) -> bool:
+    """Whether every voxel has one raw chunk of its own, as in NSD."""
+    raw = dataset.id.get_create_plist().get_nfilters() == 0 and dataset.dtype == np.dtype("<i2")
+    return raw and dataset.chunks == (dataset.shape[0], 1, 1, 1)
+
+
+def _read_voxel_chunks(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas: np.ndarray) -> None:
+    """Fill betas, one chunk a voxel. Groups of voxels fit the buffer; in a group, chunks are read in file order."""
+    n_trials, n_voxels = betas.shape
+    n_bytes = 2 * n_trials
+    group = max(1, min(n_voxels, BUFFER_BYTES // n_bytes))
+    buffer = np.empty((group, n_trials), "<i2")
+    raw = memoryview(buffer).cast("B")
+    read_chunk = dataset.id.read_direct_chunk
+    for first in range(0, n_voxels, group):
+        x, y, z = (axis[first : first + group] for axis in xyz)
+        order = np.lexsort((x, y, z))
+        for start, i, j, k in zip(*(a.tolist() for a in (order * n_bytes, z[order], y[order], x[order]))):
+            try:
+                raw[start : start + n_bytes] = read_chunk((0, i, j, k))[1]
+            except RuntimeError:
+                if dataset.id.get_chunk_info_by_coord((0, i, j, k)).byte_offset is not None:
+                    raise
+                buffer[start // n_bytes] = dataset.fillvalue  # never written
+        for row in range(0, len(x), 64):  # transposed in strips that stay in the processor's cache
+            strip = buffer[row : min(row + 64, len(x))]
+            betas[:, first + row : first + row + len(strip)] = strip.T
+
+
+def _read_boxes(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas: np.ndarray) -> None:
+    """Fill betas from any other storage: visit the chunks that hold a chosen voxel, each once, and pick from them."""
+    n_trials, *zyx = dataset.shape
+    step, *box = dataset.chunks or (n_trials, *zyx)
+    step = max(1, min(step if dataset.chunks else n_trials, BUFFER_BYTES // (2 * int(np.prod(box)))))
+    coordinates = np.stack(xyz[::-1])  # (3, n_voxels) as z, y, x
+    boxes, box_of_voxel = np.unique(coordinates // np.array(box)[:, None], axis=1, return_inverse=True)
+    order = np.argsort(box_of_voxel, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(box_of_voxel))[:-1])
+    for corner, chosen in zip((boxes * np.array(box)[:, None]).T, members):
+        where = tuple(slice(low, min(low + width, size)) for low, width, size in zip(corner, box, zyx))
+        inside = tuple(coordinates[:, chosen] - corner[:, None])
+        for t in range(0, n_trials, step):
+            betas[t : t + step, chosen] = dataset[(slice(t, t + step), *where)][(slice(None), *inside)]
+
+
+# ---- NIfTI
+
+
+def _nifti_header(path: Path) -> nib.arrayproxy.ArrayProxy:
+    """Shape, dtype and offset of a session, checked; no data is read."""
+    try:
+        header = nib.load(path).dataobj
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+    if len(header.shape) != 4:
+        raise ValueError(f"{path} has shape {header.shape}; a session of betas has (X, Y, Z, n_trials)")
+    if header.dtype.kind != "i" or header.dtype.itemsize != 2:
+        raise ValueError(f"{path} holds {header.dtype}; expected int16, percent signal change x {SCALE}")
+    if (header.slope, header.inter) != (1, 0):
+        raise ValueError(
+            f"{path} has scl_slope {header.slope} and scl_inter {header.inter}; betas are read as stored, which must "
+            f"be percent signal change x {SCALE}. Write the file again without scaling"
+        )
+    return header
+
+
+def _read_volumes(path: Path, flat_index: np.ndarray, betas: np.ndarray) -> None:
+    """Fill betas volume by volume. flat_index: in the file's order, x fastest."""
+    header = _nifti_header(path)
+    for row, volume in zip(betas, _volumes(path, header), strict=True):
+        row[:] = volume[flat_index]
+
+
+def _volumes(path: Path, header: nib.arrayproxy.ArrayProxy) -> Iterator[np.ndarray]:
+    """Flat volumes, one after the other in the same buffer; EOFError if the file ends early."""
+    *xyz, n_trials = header.shape
+    volume = np.empty(int(np.prod(xyz)), header.dtype)
+    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
+        stream.read(header.offset)
+        for trial in range(n_trials):
+            n_bytes = stream.readinto(volume.view(np.uint8))
+            if n_bytes != volume.nbytes:
+                raise EOFError(f"trial {trial} of {n_trials} has {n_bytes} of {volume.nbytes} bytes")
+            yield volume
+        stream.read(1)  # a compressed stream checks its sum when it comes to the end

@@ -1,0 +1,48 @@
+"""The paper's first-stage network: two bidirectional GRUs and two linear layers over one vector of betas."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class GRURegressor(nn.Module):
+    """Z-scored betas (n_samples, n_voxels) to standardised targets (n_samples, n_targets), both float32.
+
+    Table 1 of the paper, with h = hidden units a direction (100):
+
+        BiGRU(n_voxels -> 2h), LayerNorm, BiGRU(2h -> 2h), LayerNorm, Linear(2h -> 2h),
+        BatchNorm, ReLU, Dropout, Linear(2h -> n_targets)
+
+    which is 6h(n_voxels + h + 2) + 6h(3h + 2) + 2h(2h + 1) + 3 * 4h + (2h + 1) n_targets parameters: 12,400,344 for
+    subject 1's 15,724 voxels and the 13,344 latents of 15 layers.
+
+    The sequence is one step long and starts from zero, so the recurrent matrices multiply zeros: they count as
+    parameters and never act; each direction is a gated layer (1 - z) * n. The paper does not give the dropout rate.
+    """
+
+    def __init__(self, n_voxels: int, n_targets: int, hidden: int = 100, dropout: float = 0.2):
+        super().__init__()
+        for name, value in {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden}.items():
+            if value < 1:
+                raise ValueError(f"GRURegressor: {name} is {value}, must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"GRURegressor: dropout is {dropout}, must be in [0, 1)")
+        self.n_voxels = n_voxels
+        self.gru1 = nn.GRU(n_voxels, hidden, batch_first=True, bidirectional=True)
+        self.norm1 = nn.LayerNorm(2 * hidden)
+        self.gru2 = nn.GRU(2 * hidden, hidden, batch_first=True, bidirectional=True)
+        self.norm2 = nn.LayerNorm(2 * hidden)
+        self.linear = nn.Linear(2 * hidden, 2 * hidden)
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(2 * hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * hidden, n_targets)
+        )
+
+    def forward(self, betas: torch.Tensor) -> torch.Tensor:
+        if betas.ndim != 2 or betas.shape[1] != self.n_voxels:
+            raise ValueError(
+                f"betas have shape {tuple(betas.shape)}, this network wants (n_samples, {self.n_voxels}); "
+                "were they cut with another subject's voxels?"
+            )
+        x = self.norm1(self.gru1(betas.unsqueeze(1))[0])  # (n_samples, 1, 2h)
+        x = self.norm2(self.gru2(x)[0])
+        return self.head(self.linear(x).squeeze(1))

@@ -1,0 +1,259 @@
+"""Data sets as sharded Parquet under one root: a folder or an object store.
+
+A stage is a folder named by what it holds and a hash of the configuration that made it (``samples-3f2a…``); inside, one
+partition a subject (``subject=01/train``). A shard appears atomically, carries in its metadata what it was made from
+(names and sizes of its input files), and is listed with its size in the partition's ``_SUCCESS`` once all are there.
+So a finished partition is recognised by one look, a killed one goes on from its last whole shard, and a shard whose input
+has changed, or that was deleted or cut short, is made again.
+
+Arrays are FixedSizeBinary cells with shape and dtype in the column's metadata, viewed without a copy.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from nsdray.config import digest
+
+INPUTS = b"nsdray.inputs"
+ROWS_PER_GROUP = 64  # a Parquet row group: the unit in which training streams are shuffled and shared among workers
+
+Inputs = dict[str, Any]
+"""What a shard was made from, e.g. {"betas_session01.hdf5": size in bytes}."""
+
+
+def resolve_root(root: str | None) -> str:
+    """The store's root: the argument, else $NSDRAY_ROOT, else ~/nsdray-data; local paths are made absolute."""
+    root = root or os.environ.get("NSDRAY_ROOT") or "~/nsdray-data"
+    return root if "://" in root else str(Path(root).expanduser().resolve())
+
+
+def subject_folder(subject: int) -> str:
+    """"subject=01" for subject 1."""
+    return f"subject={subject:02d}"
+
+
+def array_column(array: np.ndarray) -> tuple[pa.Array, dict[str, str]]:
+    """An array (n, ...) as n FixedSizeBinary cells (no copy), and the field metadata that `view_column` needs."""
+    array = np.ascontiguousarray(array)
+    n_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    cells = pa.FixedSizeBinaryArray.from_buffers(pa.binary(n_bytes), len(array), [None, pa.py_buffer(array)])
+    return cells, {"shape": json.dumps(list(array.shape[1:])), "dtype": array.dtype.str}
+
+
+def table(columns: dict[str, Any]) -> pa.Table:
+    """A table from arrays: (n, ...) arrays of two or more dimensions become array cells, the rest plain columns."""
+    fields, arrays = [], []
+    for name, values in columns.items():
+        if isinstance(values, np.ndarray) and values.ndim > 1:
+            cells, metadata = array_column(values)
+            fields.append(pa.field(name, cells.type, nullable=False, metadata=metadata))
+        else:
+            cells = pa.array(values)
+            fields.append(pa.field(name, cells.type, nullable=False))
+        arrays.append(cells)
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def view_column(data: pa.Table, name: str) -> np.ndarray:
+    """A column as a NumPy array; array cells come back as (n, *shape), read-only and without a copy where possible."""
+    column, metadata = data.column(name), data.schema.field(name).metadata or {}
+    if b"shape" not in metadata:
+        return column.to_numpy()
+    shape, dtype = json.loads(metadata[b"shape"]), np.dtype(metadata[b"dtype"].decode())
+    views = []
+    for chunk in column.chunks:
+        size = chunk.type.byte_width // dtype.itemsize
+        flat = np.frombuffer(chunk.buffers()[1], dtype, len(chunk) * size, chunk.offset * chunk.type.byte_width)
+        views.append(flat.reshape(len(chunk), *shape))
+    if len(views) == 1:
+        return views[0]
+    return np.concatenate(views) if views else np.empty((0, *shape), dtype)
+
+
+class Store:
+    """A root folder or object-store prefix, through pyarrow's file systems."""
+
+    def __init__(self, root: str):
+        self.root = root
+        if "://" in root:
+            self.fs, self.base = fs.FileSystem.from_uri(root)
+        else:
+            self.fs, self.base = fs.LocalFileSystem(use_mmap=True), root
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, fs.LocalFileSystem)
+
+    def stage(self, name: str, config: dict[str, Any]) -> Stage:
+        """The stage of this name and configuration; nothing is written yet."""
+        return Stage(self, name, config)
+
+    def uri(self, path: str) -> str:
+        """Full address of a path relative to the root."""
+        return f"{self.root.rstrip('/')}/{path}"
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files right below a folder; empty if it is not there."""
+        infos = self.fs.get_file_info(fs.FileSelector(f"{self.base}/{folder}", allow_not_found=True))
+        return {info.base_name: info.size for info in infos if info.type == fs.FileType.File}
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.fs.open_input_stream(f"{self.base}/{path}") as stream:
+            return stream.read()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        with self.writing(path) as stream:
+            stream.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, path: str) -> Iterator[pa.NativeFile]:
+        """An output stream whose file appears whole or not at all: renamed on a file system, one put on an object store."""
+        full = f"{self.base}/{path}"
+        partial = f"{full}.{os.getpid()}.partial" if self.is_local else full
+        try:
+            if self.is_local:
+                self.fs.create_dir(os.path.dirname(full), recursive=True)
+            with self.fs.open_output_stream(partial) as stream:
+                yield stream
+            if self.is_local:
+                os.replace(partial, full)
+        except BaseException as error:
+            if self.is_local:
+                Path(partial).unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"no space left while writing {full}. Free some, or choose another --store.root; "
+                    "finished shards are kept and the next start goes on from them",
+                ) from error
+            raise
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's folder: shards, grouped into partitions."""
+
+    store: Store
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        return digest(self.config)
+
+    @property
+    def folder(self) -> str:
+        """Path relative to the store's root."""
+        return f"{self.name}-{self.hash}"
+
+    def uri(self, partition: str = "") -> str:
+        return self.store.uri(f"{self.folder}/{partition}".rstrip("/"))
+
+    def claim(self) -> None:
+        """Write config.json, or check that the one that is there is ours."""
+        path, text = f"{self.folder}/config.json", json.dumps(self.config, indent=1, sort_keys=True)
+        if "config.json" not in self.store.sizes(self.folder):
+            self.store.write_bytes(path, text.encode())
+        found = json.loads(self.store.read_bytes(path))
+        if found != json.loads(text):
+            differing = sorted(k for k in found.keys() | self.config.keys() if found.get(k) != self.config.get(k))
+            raise ValueError(
+                f"{self.uri()} was made by another configuration (its config.json differs in {', '.join(differing)}). "
+                "Move that folder away or choose another --store.root."
+            )
+
+    def missing(self, partition: str, wanted: dict[str, Inputs]) -> list[str]:
+        """Shards of a partition that are not there, or not made from these inputs, in the order of wanted."""
+        sizes = self.store.sizes(f"{self.folder}/{partition}")
+        listed = {}
+        if "_SUCCESS" in sizes:
+            listed = json.loads(self.store.read_bytes(f"{self.folder}/{partition}/_SUCCESS"))
+        return [
+            shard
+            for shard, inputs in wanted.items()
+            if shard not in sizes
+            or (listed[shard] != [sizes[shard], inputs] if shard in listed else self._inputs(partition, shard) != inputs)
+        ]
+
+    def finish(self, partition: str, wanted: dict[str, Inputs]) -> None:
+        """Mark a partition as finished; its shards must all be there."""
+        still_missing = self.missing(partition, wanted)
+        assert not still_missing, f"{self.uri(partition)} lacks {still_missing}"
+        sizes = self.store.sizes(f"{self.folder}/{partition}")
+        listing = {shard: [sizes[shard], inputs] for shard, inputs in wanted.items()}
+        self.store.write_bytes(f"{self.folder}/{partition}/_SUCCESS", json.dumps(listing, indent=1).encode())
+
+    def shards(self, partition: str) -> list[str]:
+        """Names of a finished partition's shards, in order."""
+        path = f"{self.folder}/{partition}"
+        if "_SUCCESS" not in self.store.sizes(path):
+            raise FileNotFoundError(f"{self.uri(partition)} is not finished. Run the job again; it goes on by itself.")
+        return list(json.loads(self.store.read_bytes(f"{path}/_SUCCESS")))
+
+    def write(self, partition: str, shard: str, data: pa.Table, inputs: Inputs) -> None:
+        """Write one Parquet shard atomically."""
+        data = data.replace_schema_metadata({**(data.schema.metadata or {}), INPUTS: json.dumps(inputs)})
+        with self.store.writing(f"{self.folder}/{partition}/{shard}") as stream:
+            pq.write_table(
+                data, stream, row_group_size=ROWS_PER_GROUP, compression="none", use_dictionary=False,
+                write_statistics=False,
+            )  # fmt: skip
+
+    def read(self, partition: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read a shard, or some of its columns."""
+        with self.opened(partition, shard) as file:
+            return file.read(columns=list(columns) if columns is not None else None)
+
+    def read_groups(self, partition: str, shard: str, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Read some row groups (of ROWS_PER_GROUP rows) of a shard."""
+        with self.opened(partition, shard) as file:
+            return file.read_row_groups(list(groups), columns=list(columns))
+
+    def n_rows(self, partition: str, shard: str) -> int:
+        with self.opened(partition, shard) as file:
+            return file.metadata.num_rows
+
+    @contextlib.contextmanager
+    def opened(self, partition: str, shard: str) -> Iterator[pq.ParquetFile]:
+        path = f"{self.store.base}/{self.folder}/{partition}/{shard}"
+        try:
+            with self.store.fs.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
+                yield file
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is not there. Run the job again; it makes what is missing.") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it and run the job again; only it is made anew.") from error
+
+    def _inputs(self, partition: str, shard: str) -> Inputs | None:
+        if not shard.endswith(".parquet"):
+            return None  # a plain file carries no inputs: it counts only when listed in _SUCCESS
+        try:
+            with self.opened(partition, shard) as file:
+                return json.loads((file.schema_arrow.metadata or {}).get(INPUTS, b"null"))
+        except ValueError:
+            return None  # a damaged shard is made again
+
+
+@contextlib.contextmanager
+def local_folder(stage: Stage, partition: str) -> Iterator[Path]:
+    """A partition's plain files as a local folder: the folder itself, or a temporary copy from an object store."""
+    if stage.store.is_local:
+        yield Path(stage.store.base) / stage.folder / partition
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in stage.store.sizes(f"{stage.folder}/{partition}"):
+            (Path(folder) / name).write_bytes(stage.store.read_bytes(f"{stage.folder}/{partition}/{name}"))
+        yield Path(folder)

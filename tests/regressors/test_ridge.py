@@ -1,0 +1,126 @@
+"""The closed form against scikit-learn's SVD solver, and leave-one-out against really leaving one out."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+from nsdray.regressors.ridge import factorise, ridge_predict
+
+
+def make_data(n: int, p: int, kind: str = "plain", n_targets: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(n * 100 + p)
+    betas = random.standard_normal((n + 9, p))
+    if kind == "constant":
+        betas[:, ::4] = 0  # dead voxels after the z-score
+        betas[:, 1] = 3.5
+    if kind == "collinear":
+        betas[:, 1::2] = betas[:, ::2][:, : p // 2]
+    targets = betas[:n] @ random.standard_normal((p, n_targets)) + random.standard_normal((n, n_targets)) + 5
+    return betas[:n], targets, betas[n:]
+
+
+def assert_close(ours: np.ndarray, reference: np.ndarray, tolerance: float = 1e-6) -> None:
+    assert ours.shape == reference.shape
+    difference, scale = np.abs(ours - reference).max(), np.abs(reference).max()
+    assert difference <= tolerance * scale, f"max difference {difference:.3g} at scale {scale:.3g}"
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 3.0, 5e4, 1e12])
+@pytest.mark.parametrize("kind", ["plain", "constant", "collinear"])
+@pytest.mark.parametrize("n, p", [(20, 50), (30, 30), (60, 12)])
+def test_agrees_with_scikit_learn(n, p, kind, alpha):
+    betas, targets, betas_test = make_data(n, p, kind)
+    reference = Ridge(alpha=alpha, solver="svd").fit(betas, targets)
+    assert_close(ridge_predict(betas, targets, betas_test, alpha), reference.predict(betas_test))
+    weights, intercept = factorise(betas, alpha).weights(targets)
+    assert_close(betas_test @ weights + intercept, reference.predict(betas_test))
+    if alpha > 1e-3:  # below, collinear voxels leave the weights themselves ill-determined
+        assert_close(weights, reference.coef_.T, 1e-5)
+        assert_close(intercept, reference.intercept_)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 3.0, 1e9])
+@pytest.mark.parametrize("n, p", [(15, 40), (20, 20), (40, 6)])
+def test_leave_one_out_is_leaving_one_out(n, p, alpha):
+    betas, targets, _ = make_data(n, p, "constant")
+    explicit = np.concatenate(
+        [
+            Ridge(alpha=alpha, solver="svd").fit(np.delete(betas, i, 0), np.delete(targets, i, 0)).predict(betas[[i]])
+            for i in range(n)
+        ]
+    )
+    factor = factorise(betas, alpha)
+    assert_close(factor.leave_one_out(targets), explicit)
+    rows = [n - 1, 2, 5]
+    assert_close(factor.leave_one_out(targets, rows), explicit[rows])
+
+
+def test_float32_stays_float32_and_agrees():
+    betas, targets, betas_test = make_data(80, 200)
+    half = targets.astype(np.float16)  # as targets are stored
+    ours = ridge_predict(betas.astype(np.float32), half, betas_test.astype(np.float32), 100.0)
+    assert ours.dtype == np.float32
+    assert_close(ours, ridge_predict(betas, half, betas_test, 100.0), 1e-5)
+    left_out = factorise(betas.astype(np.float32), 100.0).leave_one_out(half)
+    assert_close(left_out, factorise(betas, 100.0).leave_one_out(half), 1e-5)
+
+
+def test_blocks_of_targets_give_the_same():
+    betas, targets, betas_test = make_data(30, 50)
+    factor = factorise(betas, 10.0)
+    smoother, left_out = factor.smoother(betas_test), factor.leave_one_out_smoother()
+    for block in (slice(0, 3), slice(3, 7)):
+        centred, mean = factor.centre(targets[:, block])
+        assert_close(smoother @ centred + mean, ridge_predict(betas, targets, betas_test, 10.0)[:, block], 1e-12)
+        assert_close(left_out @ centred + mean, factor.leave_one_out(targets)[:, block], 1e-12)
+        assert_close(factor.dual(targets[:, block]), factor.dual(targets)[:, block], 1e-12)
+
+
+def test_nothing_fitted_sees_the_test_samples():
+    betas, targets, betas_test = make_data(30, 50)
+    before = ridge_predict(betas, targets, betas_test, 10.0)
+    betas_test[1:] = 1e6
+    after = ridge_predict(betas, targets, betas_test, 10.0)
+    assert_close(after[:1], before[:1], 1e-12)
+
+
+def test_all_voxels_dead_predicts_the_mean():
+    targets = np.arange(12.0).reshape(6, 2)
+    predictions = ridge_predict(np.zeros((6, 4)), targets, np.ones((3, 4)), 1.0)
+    assert_close(predictions, np.tile(targets.mean(0), (3, 1)), 1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, np.nan, np.inf])
+def test_refuses_alpha(alpha):
+    with pytest.raises(ValueError, match="alpha is .* must be finite and above 0"):
+        factorise(np.ones((3, 2)), alpha)
+
+
+def test_refuses_bad_arrays():
+    betas, targets, betas_test = make_data(10, 4)
+    with pytest.raises(ValueError, match="int64 of shape"):
+        factorise(np.ones((3, 2), np.int64), 1.0)
+    with pytest.raises(ValueError, match=r"shape \(1, 4\)"):
+        factorise(betas[:1], 1.0)
+    with pytest.raises(ValueError, match=r"betas hold NaN or infinity in 1 of 4 columns \(first: 2\)"):
+        factorise(np.where(np.arange(4) == 2, np.nan, betas), 1.0)
+    factor = factorise(betas, 1.0)
+    with pytest.raises(ValueError, match=r"targets have shape \(9, 7\), expected \(10, n_targets\)"):
+        factor.dual(targets[:9])
+    with pytest.raises(ValueError, match=r"targets have shape \(10,\)"):
+        factor.weights(targets[:, 0])
+    with pytest.raises(ValueError, match="targets hold NaN or infinity in 7 of 7 columns"):
+        factor.dual(targets * np.nan)
+    with pytest.raises(ValueError, match=r"test betas have shape \(9, 3\), expected \(n_test, 4\)"):
+        factor.smoother(betas_test[:, :3])
+    with pytest.raises(ValueError, match="test betas .* hold NaN"):
+        factor.smoother(betas_test * np.nan)
+    with pytest.raises(ValueError, match="rows range over 2..10; there are samples 0..9"):
+        factor.leave_one_out(targets, [2, 10])
+
+
+def test_alpha_lost_in_rounding_is_an_error():
+    betas = np.repeat(np.random.default_rng(0).standard_normal((40, 3)), 2, 1).astype(np.float32) * 1e3
+    with pytest.raises(ValueError, match="lost in the rounding of float32"):
+        factorise(betas, 1e-6)
