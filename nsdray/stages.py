@@ -142,8 +142,8 @@ class Plan:
         del settings["batch_size"]
         return settings | {"n_layers": self.config.n_layers}
 
-    def _model_stage(self, kind: str, model: str, **config: Any) -> Stage:
-        return self._stage(f"{kind}/{model}-{self.config.n_layers}", **config)
+    def _model_stage(self, kind: str, regressor: str, **config: Any) -> Stage:
+        return self._stage(f"{kind}/{regressor}-{self.config.n_layers}", **config)
 
     def _stage(self, name: str, **config: Any) -> Stage:
         return self.store.stage(name, config | {"stage": name, "simulated": self.is_simulated})

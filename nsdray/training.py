@@ -21,9 +21,9 @@ from torch import nn
 from nsdray import seeds as draws
 
 Batches = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor, int]]]
-"""Epoch to this worker's batches: betas (b, n_voxels) float32, targets (b, n_targets) raw, and how many samples the step
-has over all workers. Every worker must have the same number of steps, and at least two rows in each if the network has
-BatchNorm; the order must follow from (seed, epoch)."""
+"""Epoch to this worker's batches: betas (b, n_voxels) float32, targets (b, n_targets) raw latents, and how many samples
+the step has over all workers. Every worker must have the same number of steps, and at least two rows in each if the
+network has BatchNorm; the order must follow from (seed, epoch)."""
 
 
 class Context(Protocol):
@@ -119,13 +119,13 @@ def train(
 ) -> dict:
     """Fit the model by AdamW on the mean squared error of standardised targets; keep the best epoch's weights.
 
-    validation: this worker's share, betas (n, n_voxels) float32 and raw targets (n, n_targets). target_mean, target_std:
-    the training targets' moments, (n_targets,). patience: epochs without a better validation loss before stopping.
-    warmup_epochs, n_epochs: see `learning_rate_at`. clip_norm: bound on the gradient's norm, None for none.
-    checkpoint_every: epochs between checkpoints (the last epoch always has one).
+    batches: see `Batches`. validation: this worker's share, betas (n, n_voxels) float32 and raw targets (n, n_targets).
+    target_mean, target_std: the training targets' moments, (n_targets,). n_epochs, warmup_epochs: see
+    `learning_rate_at`. patience: epochs without a better validation loss before stopping. clip_norm: bound on the
+    gradient's norm, None for none. checkpoint_every: epochs between checkpoints (the last epoch always has one).
 
-    Returns ``state`` (the best weights, on the CPU), ``best_epoch`` (0-based) and ``history``: a dict per epoch of epoch,
-    train_loss, val_loss (standardised), val_mse, val_mae (raw latents), learning_rate, samples_per_s (all workers).
+    Returns ``state`` (the best weights, on the CPU), ``best_epoch`` (0-based) and ``history``: per epoch a dict of
+    epoch, train_loss, val_loss (standardised), val_mse, val_mae (raw), learning_rate, samples_per_s (all workers).
     """
     for name, value in {"n_epochs": n_epochs, "patience": patience, "checkpoint_every": checkpoint_every}.items():
         if value < 1:
@@ -222,6 +222,8 @@ def _validate(
     n_samples_batch: int = 1024,
 ) -> dict[str, float]:
     """Loss on standardised targets, MSE and MAE on raw ones, over all workers' shares (which may differ in size)."""
+    if len(validation[0]) != len(validation[1]):
+        raise ValueError(f"train: validation has {len(validation[0])} rows of betas, {len(validation[1])} of targets")
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=context.device)
     for betas, targets in zip(*(share.split(n_samples_batch) for share in validation)):
@@ -232,7 +234,7 @@ def _validate(
         sums += torch.stack([*(part.sum(dtype=torch.float64) for part in parts), sums.new_tensor(len(targets))])
     loss, mse, mae, n = context.sum(sums).tolist()
     if not n:
-        raise ValueError("train: no validation samples; early stopping needs some, set a part of the training set aside")
+        raise ValueError("train: no validation samples; early stopping needs some: set part of the training set aside")
     n_targets = len(scale.mean)
     return {"val_loss": loss / (n * scale.n_alive), "val_mse": mse / (n * n_targets), "val_mae": mae / (n * n_targets)}
 
@@ -279,8 +281,8 @@ def memory_batches(
     n = len(betas)
     if len(targets) != n or batch_size < 1 or n < 2 * world_size:
         raise ValueError(
-            f"memory_batches: {n} rows of betas, {len(targets)} of targets, batch_size {batch_size}, {world_size} workers; "
-            "rows must match, and every worker needs at least two"
+            f"memory_batches: {n} rows of betas, {len(targets)} of targets, batch_size {batch_size}, "
+            f"{world_size} workers; rows must match, and every worker needs at least two"
         )
     n_batches = min(math.ceil(n / batch_size), n // (2 * world_size))
 

@@ -6,6 +6,7 @@ by Ray and its part is done anew; since parts and batches are fixed, the result 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ import ray
 import torch
 from tqdm import tqdm
 
-from nsdray.config import ClusterConfig
+from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, to_png
 from nsdray.models.vdvae import load_vdvae
 from nsdray.nsd.stimuli import Stimuli
-from nsdray.stages import VDVAE_CONFIGS, Part, Plan, SubjectPlan, layer_name
+from nsdray.stages import VDVAE_CONFIGS, Part, Plan, layer_name
 from nsdray.store import Inputs, Stage, table, view_column
 from nsdray.targets.vdvae_latents import vdvae_latents
 
@@ -25,35 +26,35 @@ from nsdray.targets.vdvae_latents import vdvae_latents
 class VDVAEReplica:
     """One loaded VDVAE."""
 
-    def __init__(self, plan: Plan):
-        config, device = plan.config, "cuda" if torch.cuda.is_available() else "cpu"
-        self.plan = plan
-        self.vdvae = load_vdvae(plan.vdvae_checkpoint, VDVAE_CONFIGS[config.targets.vdvae](), device)
+    def __init__(self, config: Config, checkpoint: Path, stimuli: Path):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.config, self.stimuli = config, stimuli
+        self.vdvae = load_vdvae(checkpoint, VDVAE_CONFIGS[config.targets.vdvae](), device)
 
-    def extract(self, subject: SubjectPlan, split: str, part: Part, inputs: Inputs) -> None:
+    def extract(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """Encode the pictures of a part and write its targets."""
-        settings = self.plan.config.targets
-        with Stimuli(self.plan.layout.stimuli) as stimuli:
+        settings = self.config.targets
+        with Stimuli(self.stimuli) as stimuli:
             pictures = stimuli.read(part.image_ids)
         layers = vdvae_latents(
             self.vdvae, pictures, part.image_ids, settings.n_layers, settings.latents, settings.seed, settings.batch_size
         )
         columns = {"image_id": part.image_ids} | {layer_name(i): z for i, z in enumerate(layers)}
-        self.plan.targets.write(subject.targets(split), part.name, table(columns), inputs)
+        target.write(partition, part.name, table(columns), inputs)
 
-    def reconstruct(self, source: Stage, source_partition: str, target: Stage, target_partition: str, part: str,
+    def reconstruct(self, source: Stage, source_partition: str, target: Stage, partition: str, part: str,
                     inputs: Inputs) -> None:  # fmt: skip
         """Decode the latents of a part of source (targets or predictions) and write its pictures."""
-        config = self.plan.config
-        data = source.read(source_partition, part, ["image_id", *map(layer_name, range(config.n_layers))])
-        image_ids, stage1 = view_column(data, "image_id"), config.stage1
+        stage1, columns = self.config.stage1, [layer_name(i) for i in range(self.config.n_layers)]
+        data = source.read(source_partition, part, ["image_id", *columns])
+        image_ids = view_column(data, "image_id")
         pictures = decode_pictures(
-            self.vdvae, [view_column(data, layer_name(i)) for i in range(config.n_layers)], image_ids, stage1.seed,
-            stage1.temperature, stage1.deterministic, stage1.batch_size,
+            self.vdvae, [view_column(data, name) for name in columns], image_ids, stage1.seed, stage1.temperature,
+            stage1.deterministic, stage1.batch_size,
         )  # fmt: skip
-        columns = {"image_id": image_ids, "stage1": [to_png(p) for p in pictures],
-                   "seed": np.full(len(image_ids), stage1.seed, np.int64)}  # fmt: skip
-        target.write(target_partition, part, table(columns), inputs)
+        seeds = np.full(len(image_ids), stage1.seed, np.int64)
+        pngs = [to_png(picture) for picture in pictures]
+        target.write(partition, part, table({"image_id": image_ids, "stage1": pngs, "seed": seeds}), inputs)
 
 
 def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], description: str) -> None:
@@ -62,16 +63,13 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
         return
     settings = plan.config.cluster
     n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
-    actor = ray.remote(VDVAEReplica).options(**resources, max_restarts=settings.max_retries, max_task_retries=settings.max_retries)
-    shared = ray.put(plan)
-    pool = ray.util.ActorPool([actor.remote(shared) for _ in range(n_replicas)])
-    for method, arguments in calls:
-        pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), (method, arguments))
-    _drain(pool, len(calls), f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})")
-
-
-def _drain(pool: ray.util.ActorPool, n: int, description: str) -> None:
-    with tqdm(total=n, desc=description, unit="part") as progress:
+    retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
+    actor = ray.remote(VDVAEReplica).options(**resources, **retries)
+    arguments = (plan.config, plan.vdvae_checkpoint, plan.layout.stimuli)
+    pool = ray.util.ActorPool([actor.remote(*arguments) for _ in range(n_replicas)])
+    for call in calls:
+        pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), call)
+    with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="part") as progress:
         while pool.has_next():
             pool.get_next_unordered()
             progress.update()

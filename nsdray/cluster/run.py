@@ -127,7 +127,7 @@ def extract_targets(plan: Plan) -> None:
                 partitions[partition] = wanted
             for part in subject.parts(split):
                 if part.name in missing:  # test images of several subjects are one partition
-                    calls[partition, part.name] = ("extract", (subject, split, part, wanted[part.name]))
+                    calls[partition, part.name] = ("extract", (plan.targets, partition, part, wanted[part.name]))
     run_replicas(plan, list(calls.values()), "extract latents")
     for partition, wanted in partitions.items():
         plan.targets.finish(partition, wanted)

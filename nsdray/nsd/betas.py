@@ -3,7 +3,7 @@
 NSD publishes a session twice, as HDF5 and as compressed NIfTI. Both are read at nearly the speed of the bare storage:
 
 - HDF5 stores a voxel's trials in a chunk of its own, uncompressed. Each chosen voxel's chunk is fetched by its address,
-  which skips the selection machinery, and in the file's order.
+  which skips the selection machinery.
 - NIfTI stores one volume after the other in one compressed stream. The stream is decompressed volume by volume, and the
   chosen voxels are picked from each.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import h5py
@@ -24,7 +25,8 @@ from nsdray.nsd.rois import Voxels
 
 SCALE = 300
 """A stored int16 is percent signal change times this."""
-BUFFER_BYTES = 64 * 2**20
+BUFFER_BYTES = 32 * 2**20
+"""Holds the chunks of all nsdgeneral voxels of a session, so that these are read in one sweep over the file."""
 _DAMAGE = (
     OSError,
     EOFError,
@@ -119,26 +121,24 @@ def _has_voxel_chunks(dataset: h5py.Dataset) -> bool:
 
 
 def _read_voxel_chunks(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas: np.ndarray) -> None:
-    """Fill betas, one chunk a voxel. Groups of voxels fit the buffer; in a group, chunks are read in file order."""
+    """Fill betas, one chunk a voxel. A group of voxels fits the buffer; within it, chunks are read in file order."""
     n_trials, n_voxels = betas.shape
-    n_bytes = 2 * n_trials
-    group = max(1, min(n_voxels, BUFFER_BYTES // n_bytes))
-    buffer = np.empty((group, n_trials), "<i2")
-    raw = memoryview(buffer).cast("B")
+    group = max(1, min(n_voxels, BUFFER_BYTES // (2 * n_trials)))
+    chunks = np.empty(group, f"V{2 * n_trials}")
+    rows = chunks.view("<i2").reshape(group, n_trials)
     read_chunk = dataset.id.read_direct_chunk
     for first in range(0, n_voxels, group):
         x, y, z = (axis[first : first + group] for axis in xyz)
         order = np.lexsort((x, y, z))
-        for start, i, j, k in zip(*(a.tolist() for a in (order * n_bytes, z[order], y[order], x[order]))):
+        corners = zip(repeat(0), z[order].tolist(), y[order].tolist(), x[order].tolist())
+        for voxel, corner in zip(order.tolist(), corners):
             try:
-                raw[start : start + n_bytes] = read_chunk((0, i, j, k))[1]
-            except RuntimeError:
-                if dataset.id.get_chunk_info_by_coord((0, i, j, k)).byte_offset is not None:
-                    raise
-                buffer[start // n_bytes] = dataset.fillvalue  # never written
-        for row in range(0, len(x), 64):  # transposed in strips that stay in the processor's cache
-            strip = buffer[row : min(row + 64, len(x))]
-            betas[:, first + row : first + row + len(strip)] = strip.T
+                chunks[voxel] = read_chunk(corner)[1]
+            except RuntimeError:  # a chunk that was never written: the slow way knows the fill value
+                rows[voxel] = dataset[:, *corner[1:]]
+        for start in range(0, len(x), 256):  # transposed in strips that stay in the processor's cache
+            strip = rows[start : min(start + 256, len(x))]
+            betas[:, first + start : first + start + len(strip)] = strip.T
 
 
 def _read_boxes(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas: np.ndarray) -> None:

@@ -186,6 +186,8 @@ def _write_experiment(layout: NSDLayout, design: _Design, parameters: dict, prog
         {"masterordering": design.order[None] + 1.0, "subjectim": design.images + 1.0,
          "sharedix": design.shared[None] + 1.0},
     )  # fmt: skip
+    with open(layout.expdesign, "r+b") as file:  # the header's text holds the time; the same seed gives the same bytes
+        file.write(b"MATLAB 5.0 MAT-file, simulated".ljust(116))
     _made(layout.stimuli.parent)
     _made(layout.captions("train2017").parent)
     seed, size = parameters["seed"], parameters["picture_size"]

@@ -119,7 +119,7 @@ class RidgeFactor:
         """
         n = len(self.centred_)
         rows = np.arange(n) if rows is None else np.asarray(rows, int)
-        if rows.size and not (0 <= rows.min() and rows.max() < n):
+        if rows.size and (rows.min() < 0 or rows.max() >= n):
             raise ValueError(f"rows range over {rows.min()}..{rows.max()}; there are samples 0..{n - 1}")
         columns = np.zeros((n, len(rows)), self.centred_.dtype)
         columns[rows, np.arange(len(rows))] = 1

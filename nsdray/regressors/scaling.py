@@ -2,9 +2,9 @@
 
 What is fitted to training samples must come from training samples only: the z-score of the betas, the moments of the
 latents, and the moments of the predictions that `rescale` replaces. For the last, ``rescale="train_moments"`` takes
-predictions of training images by models that were not fitted to them (leave-one-out for ridge, the validation images for
-networks), so that one new image can be decoded alone; ``"test_moments"`` takes the test predictions themselves, as
-Brain-Diffuser does, and is for parity with it only.
+predictions of images that the model was not fitted to (leave-one-out for ridge, the validation images for networks), so
+that one new image can be decoded alone; ``"test_moments"`` takes the test predictions themselves, as Brain-Diffuser
+does, and is for parity with it only.
 """
 from __future__ import annotations
 
