@@ -5,10 +5,10 @@ A run that was stopped goes on from its last checkpoint.
 """
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from nsdray import seeds as draws
-from nsdray.models.vdvae import VDVAE, VDVAEConfig
+from nsdray.metrics.pixel import pixcorr, psnr
+from nsdray.models.vdvae import VDVAE, VDVAEConfig, load_vdvae
 from nsdray.nsd.scenes import draw_scene, make_scene
 from nsdray.nsd.stimuli import resize
 
@@ -111,7 +112,44 @@ def save_half(model: torch.nn.Module, path: Path) -> None:
     save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, str(path))
 
 
-def held_out(size: int, n: int = 256) -> Iterator[torch.Tensor]:
-    """Batches of scenes that no training has seen, (32, 3, size, size)."""
-    for start in range(0, n, 32):
-        yield scene_batch(range(start, start + 32), size, purpose="card")
+def held_out(size: int, n: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Scenes that no training has seen, as float (n, 3, size, size) in [0, 1] and as uint8 (n, size, size, 3)."""
+    images = scene_batch(range(n), size, purpose="card")
+    return images, (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+
+
+def vdvae_card(weights: Path, config: VDVAEConfig, n_steps: int, batch_size: int, n_images: int = 256) -> str:
+    """The card of the shipped VDVAE, in Markdown: what it is, how it was made, and held-out figures of these weights."""
+    model = load_vdvae(weights, config)
+    images, truth = held_out(config.image_size, n_images)
+    seeds = draws.image_seeds(0, range(n_images))
+    latents = model.encode(images, seeds=seeds)
+    lines = []
+    for n_layers in CARD_LAYERS:
+        scores = []
+        for deterministic in (False, True):
+            pictures = model.decode(latents[:n_layers], seeds, deterministic=deterministic).numpy()
+            scores += [f"{psnr(truth, pictures).mean():.2f}", f"{pixcorr(truth, pictures).mean():.3f}"]
+        lines.append(f"| {n_layers} | {config.n_latents(n_layers):,} | " + " | ".join(scores) + " |")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    table = "\n".join(lines)
+    return f"""# Mini VDVAE
+
+The very deep VAE of the offline default: the class of the published model (`nsdray.models.vdvae.VDVAE`) with a small
+configuration, {n_parameters:,} parameters, {config.image_size} x {config.image_size} pictures. Its {len(config.layer_shapes)} latent layers have the shapes of the first
+{len(config.layer_shapes)} layers of OpenAI's ImageNet-64 model, so 15 layers are 13,344 values and 31 are 91,168. It knows drawn scenes only and stands in
+for no published model.
+
+- **Made by** `python jobs/train_mini_models.py --n-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,} steps of {batch_size} scenes from the stream
+  "training" of `nsdray.nsd.scenes`, which shares no scene with any stimulus set. AdamW, warm-up and cosine decay, averaged weights.
+- **Objective**: the evidence lower bound. In half of the batches all layers after the 6th, 14th, 15th or 23rd are drawn from the
+  prior instead of the posterior. That is a lower bound too, and it makes the early layers carry the picture.
+- **Weights**: fp16 safetensors, SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`.
+
+Held-out figures: {n_images} scenes of the stream "card", true latents (posterior samples) of the first layers, the rest from the prior.
+*Drawn*: prior and pixels are drawn, as in decoding. *Most likely*: `deterministic=True`.
+
+| layers | latents | PSNR, dB (drawn) | PixCorr (drawn) | PSNR, dB (most likely) | PixCorr (most likely) |
+|---|---|---|---|---|---|
+{table}
+"""

@@ -79,9 +79,7 @@ class Trials:
     """bool: the image is one of the shared images."""
 
 
-def trials(
-    layout: NSDLayout, subject: int, sessions: Sequence[int], trials_per_session: Mapping[int, int]
-) -> Trials:
+def trials(layout: NSDLayout, subject: int, sessions: Sequence[int], trials_per_session: Mapping[int, int]) -> Trials:
     """Trials of the given sessions, in that order.
 
     trials_per_session: number of trials of every session from 1 to the last one asked for, as the files have it.

@@ -348,9 +348,7 @@ def _opponent(pictures: np.ndarray) -> np.ndarray:
     return np.stack([(red + green + blue) * 2 / 3 - 1, red - green, blue - (red + green) / 2])
 
 
-def _early_drive(
-    opponent: np.ndarray, brain: Brain, voxels: np.ndarray, random: np.random.Generator
-) -> np.ndarray:
+def _early_drive(opponent: np.ndarray, brain: Brain, voxels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """x_v of the visual areas before rectification: float32 (n_images, len(voxels))."""
     n = len(voxels)
     area = brain.area[voxels]
@@ -386,8 +384,7 @@ def _higher_drive(scenes: Sequence[Scene], area: np.ndarray, random: np.random.G
     n = len(area)
     preference = np.array([PREFERENCES[a] for a in area]).T[:, None]  # (3, 1, n)
     kinds, colours, backgrounds = (
-        random.laplace(size=(len(names), n)) * p
-        for names, p in zip((KINDS, COLOURS, BACKGROUNDS), preference)
+        random.laplace(size=(len(names), n)) * p for names, p in zip((KINDS, COLOURS, BACKGROUNDS), preference)
     )
     centre = random.uniform(0.2, 0.8, (2, n))
     kind_row, colour_row, background_row = ({k: i for i, k in enumerate(d)} for d in (KINDS, COLOURS, BACKGROUNDS))

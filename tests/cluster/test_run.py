@@ -1,0 +1,211 @@
+"""The whole way on a small miniature NSD: results, determinism, what is skipped, and what leaks."""
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from nsdray.cluster import run
+from nsdray.cluster.actors import pool_size
+from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
+from nsdray.cluster.tracking import tracking_uri
+from nsdray.cluster.train import check_room, validation_images
+from nsdray.config import ClusterConfig, DataConfig, StoreConfig
+from nsdray.decoder import Decoder
+from nsdray.generators.stage1 import from_png
+from nsdray.metrics.pixel import pixcorr
+from nsdray.models.vdvae import VDVAEConfig, load_vdvae
+from nsdray.nsd.betas import SCALE
+from nsdray.stages import Plan, layer_name
+from nsdray.store import view_column
+
+
+def decoder_files(plan, model):
+    subject = plan.subjects[0]
+    folder = f"{plan.model(model).folder}/{subject.folder}"
+    return {name: plan.store.read_bytes(f"{folder}/{name}") for name in plan.store.sizes(folder) if name.endswith(".safetensors")}
+
+
+def test_samples_are_means_over_repeats_and_splits_are_disjoint(finished):
+    subject = finished.subjects[0]
+    train_ids, _ = read_samples(subject, "train")
+    test_ids, betas = read_samples(subject, "test")
+    assert len(train_ids) == 96 and len(test_ids) == 12 and not set(train_ids) & set(test_ids)
+    trials = [finished.betas.read(subject.folder, shard) for shard in subject.betas_wanted if shard.startswith("session")]
+    ids = np.concatenate([view_column(t, "image_id") for t in trials])
+    single = np.concatenate([view_column(t, "betas") for t in trials])
+    expected = single[ids == test_ids[3]].astype(np.float64).mean(0) / SCALE
+    assert (ids == test_ids[3]).sum() == 3
+    np.testing.assert_allclose(betas[3], expected, rtol=1e-6)
+
+
+def test_targets_are_the_vdvae_s_and_in_the_samples_order(finished):
+    subject = finished.subjects[1]
+    image_ids, _ = read_samples(subject, "train")
+    partition, part = subject.targets("train"), subject.parts("train")[1]
+    data = finished.targets.read(partition, part.name)
+    np.testing.assert_array_equal(view_column(data, "image_id"), image_ids[64:])
+    shapes = VDVAEConfig.mini().layer_shapes
+    assert all(view_column(data, layer_name(i)).shape[1:] == shapes[i] for i in range(3))
+    assert subject.targets("test") == finished.subjects[0].targets("test")  # test images once for all
+
+
+@pytest.mark.parametrize("model", ["ridge", "gru"])
+def test_decoder_decodes_one_image_as_the_run_did(finished, model):
+    subject = finished.subjects[0]
+    folder = f"{finished.store.base}/{finished.model(model).folder}/{subject.folder}"
+    decoder = Decoder.load(folder, load_vdvae(finished.vdvae_checkpoint, VDVAEConfig.mini()))
+    image_ids, betas = read_samples(subject, "test")
+    picture = decoder.decode(betas[5])
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    data = finished.reconstructions(model).read(subject.folder, subject.parts("test")[0].name)
+    stored = from_png(data["stage1"][5].as_py())
+    alone = decoder.decode(betas[5:6], [image_ids[5]])[0]
+    assert np.mean(np.abs(alone.astype(int) - stored) <= 1) > 0.999
+    assert pixcorr(alone[None], stored[None])[0] > 0.999
+
+
+def test_decoder_refuses_bad_betas(finished):
+    subject = finished.subjects[0]
+    decoder = Decoder.load(f"{finished.store.base}/{finished.model('ridge').folder}/{subject.folder}")
+    with pytest.raises(ValueError, match=r"betas have shape \(1, 7\); this decoder of subject 1 wants"):
+        decoder.decode(np.zeros(7))
+    with pytest.raises(ValueError, match="1 values that are not finite"):
+        decoder.decode(np.where(np.arange(len(decoder.scaling.betas_mean)) == 3, np.nan, 0.0))
+    with pytest.raises(FileNotFoundError, match=r"holds no decoder\.json"):
+        Decoder.load(finished.store.base)
+
+
+def test_mlflow_has_a_run_per_subject_and_model(finished):
+    client = MlflowClient(tracking_uri(finished.store))
+    experiment = client.get_experiment_by_name("nsdray")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
+    assert len(runs) == 5 and len(children) == 4
+    assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
+    gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
+    assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
+    assert gru.data.metrics["pixcorr"] == pytest.approx(run.mean_scores(finished.subjects[0], "gru")["pixcorr/matched"])
+    assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
+
+
+def test_second_call_finds_everything_done(finished, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("nothing should have been started")
+
+    monkeypatch.setattr(run, "start_ray", forbidden)
+    run.train_all_subjects(Plan(finished.config))
+
+
+def test_deleted_shard_is_made_again_and_nothing_else(finished):
+    subject = finished.subjects[0]
+    folder = f"{finished.store.base}/{finished.betas.folder}/{subject.folder}"
+    shutil.move(f"{folder}/session=02.parquet", f"{folder}/kept")
+    before = finished.store.sizes(f"{finished.betas.folder}/{subject.folder}")
+    assert finished.betas.missing(subject.folder, subject.betas_wanted) == ["session=02.parquet"]
+    run.prepare_betas(Plan(finished.config))
+    assert finished.betas.missing(subject.folder, subject.betas_wanted) == [] and "kept" in before
+    with open(f"{folder}/session=02.parquet", "rb") as new, open(f"{folder}/kept", "rb") as old:
+        assert new.read() == old.read()
+
+
+def test_one_more_subject_redoes_nothing(finished, tmp_path):
+    config = replace(finished.config, data=replace(finished.config.data, subjects=(1, 2, 5)))
+    plan = Plan(config)
+    new = plan.subjects[2]
+    for subject in plan.subjects[:2]:
+        assert not plan.betas.missing(subject.folder, subject.betas_wanted)
+        assert not plan.samples.missing(subject.samples("train"), subject.wanted("train"))
+        assert not plan.targets.missing(subject.targets("train"), subject.targets_wanted("train"))
+        assert not plan.model("gru").missing(subject.folder, {"decoder.json": subject.inputs})
+    assert plan.betas.missing(new.folder, new.betas_wanted)
+    assert not plan.targets.missing(new.targets("test"), new.targets_wanted("test"))  # shared images: already there
+
+
+def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
+    """Scrambled betas of the test trials leave every fitted number as it was."""
+    nsd = tmp_path / "nsd"
+    shutil.copytree(finished.layout.root, nsd)
+    plan = Plan(replace(finished.config, store=StoreConfig(str(tmp_path / "run")),
+                        data=DataConfig(nsd_root=str(nsd), subjects=(1,), rows_per_part=64)))  # fmt: skip
+    subject = plan.subjects[0]
+    for number, path in subject.sessions.items():
+        rows = np.flatnonzero(subject.trials.is_test[subject.trials.session == number])
+        with h5py.File(path, "r+") as file:
+            file["betas"][rows] = np.random.default_rng(number).integers(-3000, 3000, file["betas"][rows].shape)
+    run.train_all_subjects(plan)
+    for model in ("ridge", "gru"):
+        ours, theirs = decoder_files(plan, model), decoder_files(finished, model)
+        assert ours.keys() == theirs.keys() and len(ours) >= 2
+        assert [name for name in ours if ours[name] != theirs[name]] == []
+        assert run.mean_scores(subject, model) != run.mean_scores(finished.subjects[0], model)
+
+
+def stream(plan, **settings):
+    subject = plan.subjects[0]
+    source = Source.of(subject, "train", [layer_name(0), layer_name(2)])
+    return TrainingStream(source, validation_images(subject, 0.1), batch_size=16, n_epochs=3, seed=0, **settings)
+
+
+def test_stream_gives_every_row_once_the_same_way_each_time(finished):
+    subject = finished.subjects[0]
+    image_ids, betas = read_samples(subject, "train")
+    targets = read_targets(subject, "train", [layer_name(0), layer_name(2)])
+    kept = ~np.isin(image_ids, validation_images(subject, 0.1))
+    assert kept.sum() == 86
+    row_of = {row.tobytes(): i for i, row in enumerate(betas)}
+    epochs = []
+    for _ in range(2):
+        batches = stream(finished)
+        epochs.append([[row_of[x.tobytes()] for b, t, n in batches(epoch) for x in b.numpy()] for epoch in range(3)])
+    assert epochs[0] == epochs[1] and epochs[0][0] != epochs[0][1]
+    assert all(sorted(epoch) == list(np.flatnonzero(kept)) for epoch in epochs[0])
+    later = stream(finished)
+    resumed = [row_of[x.tobytes()] for b, _, _ in later(2) for x in b.numpy()]
+    assert resumed == epochs[0][2]  # a resumed run sees the same epoch
+    for b, t, n in stream(finished)(0):
+        rows = [row_of[x.tobytes()] for x in b.numpy()]
+        np.testing.assert_array_equal(t.numpy(), targets[rows].astype(np.float32))
+        assert n == len(b)
+
+
+def test_two_workers_share_a_stream(finished):
+    workers = [list(stream(finished, rank=rank, world_size=2)(0)) for rank in range(2)]
+    assert len(workers[0]) == len(workers[1])
+    rows = [x.tobytes() for worker in workers for b, _, _ in worker for x in b.numpy()]
+    assert len(rows) == len(set(rows)) == 86
+    for (a, _, n), (b, _, m) in zip(*workers):
+        assert n == m == len(a) + len(b)
+
+
+def test_gru_trains_on_two_workers(finished, tmp_path):
+    config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("gru",), cluster=ClusterConfig(n_train_workers=2),
+                     data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
+    plan = Plan(config)
+    run.train_all_subjects(plan)
+    assert np.isfinite(list(run.mean_scores(plan.subjects[0], "gru").values())).all()
+
+
+def test_ridge_scores_do_not_depend_on_the_number_of_workers(finished, tmp_path):
+    ray.shutdown()
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("ridge",),
+                     data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
+    plan = Plan(config)
+    run.train_all_subjects(plan)
+    assert run.mean_scores(plan.subjects[0], "ridge") == run.mean_scores(finished.subjects[0], "ridge")
+    with pytest.raises(ValueError, match=r"1 training workers need 1.5 CPUs .* but the cluster has 1 CPUs"):
+        check_room(plan.subjects[0])
+
+
+def test_pool_size():
+    assert pool_size(ClusterConfig(), {"CPU": 2.0}, 9)[0] == 2
+    assert pool_size(ClusterConfig(), {"CPU": 64.0, "GPU": 4.0}, 9) == (4, {"num_cpus": 1, "num_gpus": 1.0})
+    assert pool_size(ClusterConfig(gpus_per_replica=0.5), {"CPU": 64.0, "GPU": 4.0}, 6)[0] == 6
+    with pytest.raises(ValueError, match="n_replicas is 5, but the cluster has room for 2"):
+        pool_size(ClusterConfig(n_replicas=5), {"CPU": 2.0}, 9)

@@ -1,0 +1,43 @@
+"""Settings refuse what cannot work, and recipes are what the paper says."""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nsdray.config import ClusterConfig, Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, TargetsConfig, digest
+from nsdray.recipes import RECIPES
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DataConfig(subjects=(1, 9)), r"data.subjects is \(1, 9\); choose from"),
+        (lambda: DataConfig(subjects=(1, 1)), "names a subject twice"),
+        (lambda: DataConfig(rois=()), "data.rois is empty"),
+        (lambda: TargetsConfig(n_layers=76), "targets.n_layers is 76, must be in 1..75"),
+        (lambda: TargetsConfig(n_layers=32), "the mini VDVAE has 31 layers"),
+        (lambda: Config(n_layers=16), "targets.n_layers extracts only 15"),
+        (lambda: RidgeConfig(alpha=0), "ridge.alpha is 0, must be positive"),
+        (lambda: GRUConfig(dropout=1.0), "gru.dropout is 1.0"),
+        (lambda: GRUConfig(patience=0), "gru.patience is 0"),
+        (lambda: SimulationConfig(noise_ceiling=0), "simulation.noise_ceiling is 0"),
+        (lambda: ClusterConfig(n_train_workers=0), "cluster.n_train_workers is 0"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_recipes():
+    configs = {name: recipe() for name, recipe in RECIPES.items()}
+    assert all(config.recipe == name for name, config in configs.items())
+    assert configs["ridge-31"].n_layers == 31 and configs["ridge-31"].ridge.alpha == 50_000
+    assert configs["gru-15"].data.protocol == "nsd37" and configs["gru-15"].gru.hidden == 100
+    assert configs["mini"].data.nsd_root is None and configs["mini"].targets.vdvae == "mini"
+
+
+def test_digest_is_stable():
+    assert digest(dataclasses.asdict(RidgeConfig())) == digest(dataclasses.asdict(RidgeConfig(alpha=5e4)))
+    assert digest({"a": 1}) != digest({"a": 2})

@@ -1,0 +1,104 @@
+"""The store: cells, atomic shards, what counts as finished, and what users do to files."""
+from __future__ import annotations
+
+import errno
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nsdray.store import Store, local_folder, resolve_root, table, view_column
+
+
+@pytest.fixture
+def stage(tmp_path):
+    stage = Store(str(tmp_path)).stage("samples", {"a": 1})
+    stage.claim()
+    return stage
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float16, np.float32])
+def test_arrays_come_back_as_they_were(stage, dtype):
+    array = (np.random.default_rng(0).standard_normal((200, 16, 4, 4)) * 100).astype(dtype)
+    ids = np.arange(200, dtype=np.int32)
+    stage.write("subject=01", "part.parquet", table({"image_id": ids, "z": array}), {})
+    data = stage.read("subject=01", "part.parquet")
+    np.testing.assert_array_equal(view_column(data, "z"), array)
+    np.testing.assert_array_equal(view_column(data, "image_id"), ids)
+    groups = stage.read_groups("subject=01", "part.parquet", [1, 3], ["z"])  # of 64 rows
+    np.testing.assert_array_equal(view_column(groups, "z"), array[[*range(64, 128), *range(192, 200)]])
+
+
+def test_views_do_not_copy(stage):
+    data = table({"z": np.ones((8, 3), np.float32)})
+    assert not view_column(data, "z").flags.owndata
+
+
+def test_missing_follows_files_inputs_and_sizes(stage):
+    wanted = {"a.parquet": {"file": 1}, "b.parquet": {"file": 2}}
+    rows = table({"x": np.arange(3)})
+    assert stage.missing("p", wanted) == ["a.parquet", "b.parquet"]
+    stage.write("p", "a.parquet", rows, {"file": 1})
+    assert stage.missing("p", wanted) == ["b.parquet"]  # killed half-way: goes on from there
+    stage.write("p", "b.parquet", rows, {"file": 2})
+    stage.finish("p", wanted)
+    assert stage.missing("p", wanted) == [] and stage.shards("p") == list(wanted)
+    assert stage.missing("p", wanted | {"a.parquet": {"file": 9}}) == ["a.parquet"]  # its input has changed
+    path = f"{stage.store.base}/{stage.folder}/p/b.parquet"
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    assert stage.missing("p", wanted) == ["b.parquet"]  # cut short
+
+
+def test_unfinished_partition_is_not_read(stage):
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        stage.shards("p")
+
+
+def test_damaged_shard_is_named(stage):
+    stage.write("p", "a.parquet", table({"x": np.arange(3)}), {})
+    path = f"{stage.store.base}/{stage.folder}/p/a.parquet"
+    with open(path, "r+b") as file:
+        file.truncate(50)
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged .* Delete it and run the job again"):
+        stage.read("p", "a.parquet")
+    assert stage.missing("p", {"a.parquet": {}}) == ["a.parquet"]
+    with pytest.raises(FileNotFoundError, match=r"z\.parquet is not there"):
+        stage.read("p", "z.parquet")
+
+
+def test_failed_write_leaves_nothing(stage, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="no space left while writing .*a.parquet.* finished shards are kept"):
+        stage.write("p", "a.parquet", table({"x": np.arange(3)}), {})
+    assert stage.store.sizes(f"{stage.folder}/p") == {}
+
+
+def test_other_configuration_in_the_folder_is_refused(stage):
+    stage.store.write_bytes(f"{stage.folder}/config.json", json.dumps({"a": 2}).encode())
+    with pytest.raises(ValueError, match=r"made by another configuration \(its config.json differs in a\)"):
+        stage.claim()
+
+
+def test_folder_depends_on_configuration_only(tmp_path):
+    store = Store(str(tmp_path))
+    assert store.stage("x", {"a": 1, "b": 2}).folder == store.stage("x", {"b": 2, "a": 1}).folder
+    assert store.stage("x", {"a": 1}).folder != store.stage("x", {"a": 2}).folder
+
+
+def test_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("NSDRAY_ROOT", str(tmp_path))
+    assert resolve_root(None) == str(tmp_path.resolve())
+    assert resolve_root("s3://bucket/x") == "s3://bucket/x"
+    monkeypatch.delenv("NSDRAY_ROOT")
+    assert resolve_root(None).endswith("/nsdray-data")
+
+
+def test_local_folder_is_the_folder_itself(stage):
+    stage.store.write_bytes(f"{stage.folder}/p/file.json", b"{}")
+    with local_folder(stage, "p") as folder:
+        assert (folder / "file.json").read_bytes() == b"{}"
