@@ -1,7 +1,7 @@
 """Named complete configurations. A new experiment is a recipe, not a flag."""
 from __future__ import annotations
 
-from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, TargetsConfig
+from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, Stage1Config, TargetsConfig
 
 
 def mini() -> Config:
@@ -10,6 +10,7 @@ def mini() -> Config:
         recipe="mini",
         ridge=RidgeConfig(alpha=4_000.0),  # 50,000 scaled to some 1,250 voxels
         gru=GRUConfig(learning_rate=2e-3, batch_size=64),
+        stage1=Stage1Config(deterministic=True),
     )
 
 

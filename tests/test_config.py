@@ -5,7 +5,16 @@ import dataclasses
 
 import pytest
 
-from nsdray.config import ClusterConfig, Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, TargetsConfig, digest
+from nsdray.config import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    GRUConfig,
+    RidgeConfig,
+    SimulationConfig,
+    TargetsConfig,
+    digest,
+)
 from nsdray.recipes import RECIPES
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, StoreConfig, TargetsConfig
 from nsdray.cluster.run import train_all_subjects
+from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, StoreConfig, TargetsConfig
 from nsdray.stages import Plan
 
 
