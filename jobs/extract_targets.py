@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.run import extract_targets, start_ray, targets_missing
+from nsdray.cluster.run import anything_missing, extract_targets, start_ray, targets_partitions
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    if targets_missing(plan):
+    if anything_missing(targets_partitions(plan)):
         start_ray(plan)
         extract_targets(plan)
     else:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.run import grids, score_rows, train_all_subjects
+from nsdray.cluster.results import report_file, train_all_subjects
 from nsdray.cluster.tracking import tracking_uri
-from nsdray.metrics.table import format_table
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
     train_all_subjects(plan)
-    print(f"\nTest-set means, {'SIMULATED brain data' if plan.is_simulated else 'NSD'}, {plan.config.n_layers} VDVAE layers")
-    print(format_table(score_rows(plan)))
-    print("\npictures (seen | true latents | decoded):")
-    for path in grids(plan):
-        print(f"  {path}")
-    print(f"MLflow: {tracking_uri(plan.store)} (open it with: make ui)")
+    print(f"\n{report_file(plan, 'table.txt').decode()}")
+    print("pictures (seen | true latents | decoded):")
+    for subject in plan.subjects:
+        print(f"  {plan.report.uri(plan.report_partition)}/subject{subject.subject:02d}.png")
+    uri = tracking_uri(plan.store)
+    shown = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
+    print(f"MLflow: {shown}   (or, for the default root: make ui)")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    state = arguments.state or Path(resolve_root(None)) / "mini-training"
+    state = (arguments.state or Path(resolve_root(None)) / "mini-training") / f"seed={arguments.seed},steps={arguments.n_steps}"
     state.mkdir(parents=True, exist_ok=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = VDVAEConfig.mini()

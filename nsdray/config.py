@@ -188,14 +188,16 @@ class ClusterConfig:
     """Share of a GPU per replica, on clusters that have GPUs."""
     n_train_workers: int = 1
     """Ray Train workers per network; gradients are averaged over them."""
-    cpus_per_train_worker: float = 0.5
-    """CPUs reserved by a worker. Together with all parallel trainings they must leave one CPU to Ray Data."""
+    cpus_per_train_worker: float = 1.0
+    """CPUs reserved by a worker. Its Ray Data tasks reserve none, so that trainings cannot starve them."""
     max_retries: int = 3
     """Times a task, a replica or a training is started again after its process died."""
 
     def __post_init__(self) -> None:
         require(self.n_train_workers >= 1, f"cluster.n_train_workers is {self.n_train_workers}, must be at least 1")
         require(self.n_replicas is None or self.n_replicas >= 1, f"cluster.n_replicas is {self.n_replicas}")
+        for name in ("gpus_per_replica", "cpus_per_train_worker"):
+            require(getattr(self, name) > 0, f"cluster.{name} is {getattr(self, name)}, must be positive")
 
 
 @dataclass(frozen=True)

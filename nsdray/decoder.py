@@ -8,6 +8,7 @@ A decoder is a folder:
 """
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,7 +70,7 @@ class Decoder:
     """Betas of one subject to latents and to the stage-1 picture."""
 
     def __init__(self, card: DecoderCard, scaling: Scaling, network: torch.nn.Module | None,
-                 ridge: tuple[np.ndarray, np.ndarray] | None, vdvae: VDVAE | None = None):  # fmt: skip
+                 ridge: list[dict[str, np.ndarray]] | None, vdvae: VDVAE | None = None):  # fmt: skip
         self.card, self.scaling, self.network, self.ridge, self._vdvae = card, scaling, network, ridge, vdvae
 
     @classmethod
@@ -83,9 +84,7 @@ class Decoder:
         scaling = Scaling(**safetensors_numpy.load_file(folder / "scaling.safetensors"))
         if card.regressor == "ridge":
             files = [folder / f"ridge_layer_{i:02d}.safetensors" for i in range(len(card.layer_shapes))]
-            layers = [safetensors_numpy.load_file(file) for file in files]
-            ridge = tuple(np.concatenate([layer[name] for layer in layers], -1) for name in ("weights", "intercept"))
-            return cls(card, scaling, None, ridge, vdvae)
+            return cls(card, scaling, None, [safetensors_numpy.load_file(file) for file in files], vdvae)
         network = REGRESSORS[card.regressor](len(scaling.betas_mean), len(scaling.latents_mean), **card.network)
         network.load_state_dict(load_file(folder / "network.safetensors"))
         return cls(card, scaling, network.eval(), None, vdvae)
@@ -98,7 +97,10 @@ class Decoder:
                     "this decoder needs the published VDVAE: load it with nsdray.models.vdvae.load_vdvae(FILE, "
                     "VDVAEConfig.imagenet64()) and pass it as Decoder.load(folder, vdvae=…)"
                 )
-            self._vdvae = load_vdvae(weights_path("vdvae"), VDVAEConfig.mini())
+            path = weights_path("vdvae")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != self.card.vdvae_sha256:
+                raise ValueError(f"this decoder was fitted to the latents of another VDVAE than {path}; fit it again")
+            self._vdvae = load_vdvae(path, VDVAEConfig.mini())
         return self._vdvae
 
     def raw_predictions(self, betas: np.ndarray) -> np.ndarray:
@@ -113,14 +115,16 @@ class Decoder:
             raise ValueError(f"betas hold {np.count_nonzero(~np.isfinite(betas))} values that are not finite")
         x = zscore(betas, s.betas_mean, s.betas_std)
         if self.ridge is not None:
-            weights, intercept = self.ridge
-            return x @ weights + intercept
+            return np.concatenate([x @ layer["weights"] + layer["intercept"] for layer in self.ridge], 1)
         return predict(self.network, x, s.latents_mean, s.latents_std).numpy()
 
     def predict(self, betas: np.ndarray) -> list[np.ndarray]:
         """Rescaled latents, one float32 (n, zdim, r, r) array per layer. betas: (n, n_voxels) percent signal change."""
+        return self.rescaled(self.raw_predictions(betas))
+
+    def rescaled(self, latents: np.ndarray) -> list[np.ndarray]:
+        """Raw predictions (n, n_targets), rescaled and cut into layers."""
         s, mode = self.scaling, self.card.rescale
-        latents = self.raw_predictions(betas)
         if mode == "train_moments":
             latents = rescale(latents, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
         elif mode == "test_moments":

@@ -9,7 +9,7 @@ def mini() -> Config:
     return Config(
         recipe="mini",
         ridge=RidgeConfig(alpha=4_000.0),  # 50,000 scaled to some 1,250 voxels
-        gru=GRUConfig(learning_rate=2e-3, batch_size=64),
+        gru=GRUConfig(learning_rate=2e-3, weight_decay=2.0, dropout=0.7, batch_size=16),
         stage1=Stage1Config(deterministic=True),
     )
 

@@ -34,6 +34,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def file_size(path: Path) -> int:
+    """Size in bytes; FileNotFoundError says what the file is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there. NSD has a file of that name; fetch it, or correct --data.nsd-root.")
+    return path.stat().st_size
+
+
 def layer_name(layer: int) -> str:
     """Column of a VDVAE layer: "layer_07" for 7."""
     return f"layer_{layer:02d}"
@@ -46,9 +53,8 @@ class Plan:
         self.config = config
         self.store = Store(resolve_root(config.store.root))
         self.is_simulated = config.data.nsd_root is None
-        self.layout = NSDLayout(
-            self._simulated_root() if self.is_simulated else config.data.nsd_root, beta_version=config.data.beta_version
-        )
+        root = self._simulated_root() if self.is_simulated else Path(config.data.nsd_root).expanduser().resolve()
+        self.layout = NSDLayout(root, beta_version=config.data.beta_version)
         self.subjects = [SubjectPlan(self, subject) for subject in config.data.subjects]
 
     def _local_home(self) -> Path:
@@ -66,7 +72,7 @@ class Plan:
         """The VDVAE's weight file; FileNotFoundError says where to get it."""
         targets = self.config.targets
         if targets.checkpoint is not None:
-            path = Path(targets.checkpoint).expanduser()
+            path = Path(targets.checkpoint).expanduser().resolve()
         elif targets.vdvae == "mini":
             path = weights_path("vdvae")
         else:
@@ -86,7 +92,7 @@ class Plan:
     @cached_property
     def betas(self) -> Stage:
         data = self.config.data
-        design = {"expdesign_bytes": self.layout.expdesign.stat().st_size}
+        design = {"expdesign_bytes": file_size(self.layout.expdesign)}
         return self._stage("betas", rois=sorted(data.rois), beta_version=data.beta_version, **design)
 
     @cached_property
@@ -137,6 +143,22 @@ class Plan:
         """What has been written to MLflow."""
         return self._model_stage("runs", name, metrics=self.metrics(name).hash)
 
+    @cached_property
+    def report(self) -> Stage:
+        """Table and picture grids of all models."""
+        return self._stage(f"reports/{self.config.recipe}", metrics=[self.metrics(name).hash for name in self.config.models])
+
+    @property
+    def report_partition(self) -> str:
+        """The report of just these subjects."""
+        return "subjects=" + "-".join(str(subject) for subject in self.config.data.subjects)
+
+    @property
+    def report_wanted(self) -> dict[str, Inputs]:
+        """Files of the report."""
+        inputs = {"subjects": digest([subject.inputs for subject in self.subjects])}
+        return {"table.txt": inputs} | {f"subject{subject.subject:02d}.png": inputs for subject in self.subjects}
+
     def _stage1_settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config.stage1)
         del settings["batch_size"]
@@ -146,7 +168,8 @@ class Plan:
         return self._stage(f"{kind}/{regressor}-{self.config.n_layers}", **config)
 
     def _stage(self, name: str, **config: Any) -> Stage:
-        return self.store.stage(name, config | {"stage": name, "simulated": self.is_simulated})
+        simulated = self.layout.root.name if self.is_simulated else False  # the name tells the simulation's settings
+        return self.store.stage(name, config | {"stage": name, "simulated": simulated})
 
 
 @dataclass(frozen=True)
@@ -207,7 +230,7 @@ class SubjectPlan:
     @cached_property
     def inputs(self) -> Inputs:
         """What everything from the samples on is made from: the subject's betas and the stimuli."""
-        return {"betas": digest(self.betas_wanted), "stimuli_bytes": self.plan.layout.stimuli.stat().st_size}
+        return {"betas": digest(self.betas_wanted), "stimuli_bytes": file_size(self.plan.layout.stimuli)}
 
     def wanted(self, split: str = "test") -> dict[str, Inputs]:
         """Shards with a row per image of a split."""
@@ -228,4 +251,4 @@ class SubjectPlan:
 
     def run_key(self, model: str) -> str:
         """What MLflow's run of this subject and model is found by."""
-        return f"{self.plan.metrics(model).folder}/{self.folder}"
+        return f"{self.plan.metrics(model).folder}/{self.folder}/{digest(self.inputs)}"

@@ -4,7 +4,7 @@ A stage is a folder named by what it holds and a hash of the configuration that 
 partition a subject (``subject=01/train``). A shard appears atomically, carries in its metadata what it was made from
 (names and sizes of its input files), and is listed with its size in the partition's ``_SUCCESS`` once all are there.
 So a finished partition is recognised by one look, a killed one goes on from its last whole shard, and a shard whose input
-has changed, or that was deleted or cut short, is made again.
+has changed, or that was deleted or cut short, is made again. Pages carry checksums, so a damaged shard is an error.
 
 Arrays are FixedSizeBinary cells with shape and dtype in the column's metadata, viewed without a copy.
 """
@@ -15,6 +15,8 @@ import errno
 import json
 import os
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from pyarrow import fs
 from nsdray.config import digest
 
 INPUTS = b"nsdray.inputs"
+PARTIAL = ".partial"
 ROWS_PER_GROUP = 64  # a Parquet row group: the unit in which training streams are shuffled and shared among workers
 
 Inputs = dict[str, Any]
@@ -103,12 +106,27 @@ class Store:
 
     def uri(self, path: str) -> str:
         """Full address of a path relative to the root."""
-        return f"{self.root.rstrip('/')}/{path}"
+        address, question, options = self.root.partition("?")
+        return f"{address.rstrip('/')}/{path}{question}{options}"
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files right below a folder; empty if it is not there."""
+        """Names and sizes of the whole files right below a folder; empty if it is not there."""
+        return {info.base_name: info.size for info in self._files(folder) if not info.base_name.endswith(PARTIAL)}
+
+    def _files(self, folder: str) -> list[fs.FileInfo]:
         infos = self.fs.get_file_info(fs.FileSelector(f"{self.base}/{folder}", allow_not_found=True))
-        return {info.base_name: info.size for info in infos if info.type == fs.FileType.File}
+        return [info for info in infos if info.type == fs.FileType.File]
+
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(f"{self.base}/{path}")
+
+    def sweep(self, folder: str, seconds: float = 3600.0) -> None:
+        """Delete what killed writers left in a folder, once it is an hour old."""
+        for info in self._files(folder):
+            if info.base_name.endswith(PARTIAL) and time.time() - info.mtime_ns / 1e9 > seconds:
+                self.delete(f"{folder}/{info.base_name}")
 
     def read_bytes(self, path: str) -> bytes:
         with self.fs.open_input_stream(f"{self.base}/{path}") as stream:
@@ -120,19 +138,22 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, path: str) -> Iterator[pa.NativeFile]:
-        """An output stream whose file appears whole or not at all: renamed on a file system, one put on an object store."""
+        """An output stream whose file appears whole or not at all: renamed on a file system, put at once on an object store."""
         full = f"{self.base}/{path}"
-        partial = f"{full}.{os.getpid()}.partial" if self.is_local else full
+        if not self.is_local:
+            buffer = pa.BufferOutputStream()
+            yield buffer
+            with self.fs.open_output_stream(full) as stream:
+                stream.write(buffer.getvalue())
+            return
+        partial = f"{full}.{uuid.uuid4().hex}{PARTIAL}"
         try:
-            if self.is_local:
-                self.fs.create_dir(os.path.dirname(full), recursive=True)
+            self.fs.create_dir(os.path.dirname(full), recursive=True)
             with self.fs.open_output_stream(partial) as stream:
                 yield stream
-            if self.is_local:
-                os.replace(partial, full)
+            os.replace(partial, full)
         except BaseException as error:
-            if self.is_local:
-                Path(partial).unlink(missing_ok=True)
+            Path(partial).unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise OSError(
                     errno.ENOSPC,
@@ -188,19 +209,21 @@ class Stage:
             or (listed[shard] != [sizes[shard], inputs] if shard in listed else self._inputs(partition, shard) != inputs)
         ]
 
+    def begin(self, partition: str, wanted: dict[str, Inputs]) -> list[str]:
+        """As `missing`, for somebody who is going to make them: from here on the partition no longer counts as finished."""
+        missing = self.missing(partition, wanted)
+        if missing:
+            self.store.delete(f"{self.folder}/{partition}/_SUCCESS")
+            self.store.sweep(f"{self.folder}/{partition}")
+        return missing
+
     def finish(self, partition: str, wanted: dict[str, Inputs]) -> None:
-        """Mark a partition as finished; its shards must all be there."""
-        sizes = self.store.sizes(f"{self.folder}/{partition}")
+        """Mark a partition as finished; its shards must all be there. Does nothing if that has been done."""
+        path, sizes = f"{self.folder}/{partition}/_SUCCESS", self.store.sizes(f"{self.folder}/{partition}")
         assert wanted.keys() <= sizes.keys(), f"{self.uri(partition)} lacks {sorted(wanted.keys() - sizes.keys())}"
         listing = {shard: [sizes[shard], inputs] for shard, inputs in wanted.items()}
-        self.store.write_bytes(f"{self.folder}/{partition}/_SUCCESS", json.dumps(listing, indent=1).encode())
-
-    def shards(self, partition: str) -> list[str]:
-        """Names of a finished partition's shards, in order."""
-        path = f"{self.folder}/{partition}"
-        if "_SUCCESS" not in self.store.sizes(path):
-            raise FileNotFoundError(f"{self.uri(partition)} is not finished. Run the job again; it goes on by itself.")
-        return list(json.loads(self.store.read_bytes(f"{path}/_SUCCESS")))
+        if "_SUCCESS" not in sizes or json.loads(self.store.read_bytes(path)) != listing:
+            self.store.write_bytes(path, json.dumps(listing, indent=1).encode())
 
     def write(self, partition: str, shard: str, data: pa.Table, inputs: Inputs) -> None:
         """Write one Parquet shard atomically."""
@@ -208,28 +231,22 @@ class Stage:
         with self.store.writing(f"{self.folder}/{partition}/{shard}") as stream:
             pq.write_table(
                 data, stream, row_group_size=ROWS_PER_GROUP, compression="none", use_dictionary=False,
-                write_statistics=False,
+                write_statistics=False, write_page_checksum=True,
             )  # fmt: skip
 
-    def read(self, partition: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a shard, or some of its columns."""
+    def read(
+        self, partition: str, shard: str, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    ) -> pa.Table:
+        """Read a shard, or some of its columns and row groups (of ROWS_PER_GROUP rows)."""
         with self.opened(partition, shard) as file:
-            return file.read(columns=list(columns) if columns is not None else None)
-
-    def read_groups(self, partition: str, shard: str, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        """Read some row groups (of ROWS_PER_GROUP rows) of a shard."""
-        with self.opened(partition, shard) as file:
-            return file.read_row_groups(list(groups), columns=list(columns))
-
-    def n_rows(self, partition: str, shard: str) -> int:
-        with self.opened(partition, shard) as file:
-            return file.metadata.num_rows
+            groups = range(file.num_row_groups) if groups is None else groups
+            return file.read_row_groups(list(groups), columns=None if columns is None else list(columns))
 
     @contextlib.contextmanager
     def opened(self, partition: str, shard: str) -> Iterator[pq.ParquetFile]:
         path = f"{self.store.base}/{self.folder}/{partition}/{shard}"
         try:
-            with self.store.fs.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
+            with self.store.fs.open_input_file(path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
                 yield file
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} is not there. Run the job again; it makes what is missing.") from error

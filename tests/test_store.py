@@ -26,7 +26,7 @@ def test_arrays_come_back_as_they_were(stage, dtype):
     data = stage.read("subject=01", "part.parquet")
     np.testing.assert_array_equal(view_column(data, "z"), array)
     np.testing.assert_array_equal(view_column(data, "image_id"), ids)
-    groups = stage.read_groups("subject=01", "part.parquet", [1, 3], ["z"])  # of 64 rows
+    groups = stage.read("subject=01", "part.parquet", ["z"], [1, 3])  # of 64 rows
     np.testing.assert_array_equal(view_column(groups, "z"), array[[*range(64, 128), *range(192, 200)]])
 
 
@@ -43,7 +43,7 @@ def test_missing_follows_files_inputs_and_sizes(stage):
     assert stage.missing("p", wanted) == ["b.parquet"]  # killed half-way: goes on from there
     stage.write("p", "b.parquet", rows, {"file": 2})
     stage.finish("p", wanted)
-    assert stage.missing("p", wanted) == [] and stage.shards("p") == list(wanted)
+    assert stage.missing("p", wanted) == []
     assert stage.missing("p", wanted | {"a.parquet": {"file": 9}}) == ["a.parquet"]  # its input has changed
     path = f"{stage.store.base}/{stage.folder}/p/b.parquet"
     with open(path, "r+b") as file:
@@ -51,9 +51,40 @@ def test_missing_follows_files_inputs_and_sizes(stage):
     assert stage.missing("p", wanted) == ["b.parquet"]  # cut short
 
 
-def test_unfinished_partition_is_not_read(stage):
-    with pytest.raises(FileNotFoundError, match="is not finished"):
-        stage.shards("p")
+def test_a_partition_that_is_redone_no_longer_counts_as_finished(stage):
+    """Inputs A, finished; then B, killed half-way; then A again: B's shard must not pass for A's."""
+    rows = table({"x": np.arange(3)})
+    a, b = ({f"{name}.parquet": {"copy": copy} for name in "xy"} for copy in "AB")
+    for shard in a:
+        stage.write("p", shard, rows, a[shard])
+    stage.finish("p", a)
+    assert stage.begin("p", b) == list(b)
+    stage.write("p", "x.parquet", rows, b["x.parquet"])
+    assert stage.begin("p", b) == ["y.parquet"] and stage.begin("p", a) == ["x.parquet"]
+
+
+def test_flipped_bit_is_noticed(stage):
+    stage.write("p", "a.parquet", table({"x": np.arange(1000)}), {})
+    path = f"{stage.store.base}/{stage.folder}/p/a.parquet"
+    with open(path, "r+b") as file:
+        file.seek(2000)
+        byte = file.read(1)[0]
+        file.seek(2000)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"a\.parquet is damaged"):
+        stage.read("p", "a.parquet")
+
+
+def test_leftovers_of_killed_writers_are_no_shards(stage):
+    stage.store.write_bytes(f"{stage.folder}/p/a.parquet.123.partial", b"")
+    assert stage.store.sizes(f"{stage.folder}/p") == {}
+    stage.store.sweep(f"{stage.folder}/p", seconds=-1)
+    assert stage.store._files(f"{stage.folder}/p") == []
+
+
+def test_addresses():
+    store = Store("s3://bucket/x?endpoint_override=http%3A%2F%2Flocalhost%3A9&region=x")
+    assert store.uri("a/b").startswith("s3://bucket/x/a/b?endpoint_override=")
 
 
 def test_damaged_shard_is_named(stage):

@@ -6,6 +6,7 @@ by Ray and its part is done anew; since parts and batches are fixed, the result 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, to_png
-from nsdray.models.vdvae import load_vdvae
+from nsdray.models.vdvae import VDVAE, load_vdvae
 from nsdray.nsd.stimuli import Stimuli
 from nsdray.stages import VDVAE_CONFIGS, Part, Plan, layer_name
 from nsdray.store import Inputs, Stage, table, view_column
@@ -27,9 +28,13 @@ class VDVAEReplica:
     """One loaded VDVAE."""
 
     def __init__(self, config: Config, checkpoint: Path, stimuli: Path):
+        self.config, self.checkpoint, self.stimuli = config, checkpoint, stimuli
+
+    @cached_property
+    def vdvae(self) -> VDVAE:
+        """Loaded by the first call, so that a bad checkpoint is that call's error."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.config, self.stimuli = config, stimuli
-        self.vdvae = load_vdvae(checkpoint, VDVAE_CONFIGS[config.targets.vdvae](), device)
+        return load_vdvae(self.checkpoint, VDVAE_CONFIGS[self.config.targets.vdvae](), device)
 
     def extract(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """Encode the pictures of a part and write its targets."""
@@ -77,13 +82,14 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
 
 def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int) -> tuple[int, dict[str, float]]:
     """Number of replicas and the resources of each."""
-    gpus, cpus = available.get("GPU", 0), available.get("CPU", 1)
+    gpus, cpus, share = available.get("GPU", 0), available.get("CPU", 1), settings.gpus_per_replica
     if gpus:
-        n, resources = int(gpus / settings.gpus_per_replica), {"num_cpus": 1, "num_gpus": settings.gpus_per_replica}
+        per_gpu = int(1 / share) if share <= 1 else 1 / share
+        fits, resources = min(int(gpus * per_gpu), int(cpus)), {"num_cpus": 1, "num_gpus": share}
+        n = settings.n_replicas or fits
     else:
-        n, resources = max(min(2, int(cpus)), int(cpus) // 2), {"num_cpus": 1}
-    n = settings.n_replicas or n
-    fits = int(gpus / settings.gpus_per_replica) if gpus else int(cpus)
+        fits, resources = int(cpus), {"num_cpus": 1}
+        n = settings.n_replicas or max(min(2, fits), fits // 2)
     if n > max(1, fits):
         raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
     return max(1, min(n, n_calls)), resources

@@ -46,7 +46,7 @@ def write_session(subject: SubjectPlan, session: int, shard: str, inputs: Inputs
     return int(dead_voxels(betas).sum())
 
 
-@ray.remote(num_cpus=1, memory=1_500_000_000)
+@ray.remote(num_cpus=1)
 def write_samples(subject: SubjectPlan, missing: dict[str, list[str]]) -> None:
     """Average the betas of each image over its repeats, and write the missing parts of each split."""
     plan = subject.plan
@@ -105,22 +105,25 @@ class Source:
     @classmethod
     def of(cls, subject: SubjectPlan, split: str, columns: Sequence[str]) -> Source:
         plan = subject.plan
-        return cls(plan.samples, subject.samples(split), plan.targets, subject.targets(split), subject.parts(split), list(columns))
+        partitions = subject.samples(split), plan.targets, subject.targets(split)
+        return cls(plan.samples, *partitions, subject.parts(split), list(columns))
+
+
+    def read(self, part: int, groups: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A part, or some of its row groups: image_ids (n,), betas (n, n_voxels) float32, targets (n, n_targets) float16."""
+        name = self.parts[part].name
+        sample = self.samples.read(self.samples_partition, name, ["image_id", "betas"], groups)
+        target = self.targets.read(self.targets_partition, name, self.columns, groups)
+        return view_column(sample, "image_id"), view_column(sample, "betas"), _flatten(target, self.columns)
 
 
 def _read_block(source: Source, pieces: list, excluded: np.ndarray, key: list) -> dict[str, np.ndarray]:
     """Read row groups (part, group), drop the excluded images, and permute the rows by key."""
-    betas, targets, ids = [], [], []
-    for part in sorted({part for part, _ in pieces}):
-        name, groups = source.parts[part].name, [group for p, group in pieces if p == part]
-        sample = source.samples.read_groups(source.samples_partition, name, groups, ["image_id", "betas"])
-        target = source.targets.read_groups(source.targets_partition, name, groups, source.columns)
-        ids.append(view_column(sample, "image_id"))
-        betas.append(view_column(sample, "betas"))
-        targets.append(_flatten(target, source.columns))
-    keep = np.flatnonzero(~np.isin(np.concatenate(ids), excluded))
+    reads = [source.read(part, [g for p, g in pieces if p == part]) for part in sorted({part for part, _ in pieces})]
+    image_ids, betas, targets = (np.concatenate(arrays) for arrays in zip(*reads))
+    keep = np.flatnonzero(~np.isin(image_ids, excluded))
     keep = keep[rng(*key).permutation(len(keep))]
-    return {"betas": np.concatenate(betas)[keep], "targets": np.concatenate(targets)[keep]}
+    return {"betas": betas[keep], "targets": targets[keep]}
 
 
 class TrainingStream:
@@ -141,6 +144,11 @@ class TrainingStream:
             for part, rows in enumerate(kept)
             for group in range(-(-len(source.parts[part].image_ids) // ROWS_PER_GROUP))
         ]
+        if len(self.pieces) < world_size:
+            raise ValueError(
+                f"{len(self.pieces)} row groups of {ROWS_PER_GROUP} training images cannot be shared among {world_size} "
+                "training workers; lower --cluster.n-train-workers"
+            )
 
     def _share(self, epoch: int, rank: int) -> list[tuple[int, int, int]]:
         order = rng(self.seed, "epoch", epoch).permutation(len(self.pieces))
@@ -170,12 +178,14 @@ class TrainingStream:
             pieces, key = json.loads(str(batch["block"][0]))
             return _read_block(ray.get(source), pieces, excluded, key)
 
-        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=None)
+        items = ray.data.from_items(items, override_num_blocks=len(items))
+        # No CPU is asked for: beside trainings that hold all of them, the readers would wait for ever.
+        blocks = items.map_batches(read, batch_size=None, num_cpus=0, concurrency=2)
         return iter(blocks.iter_batches(batch_size=None, prefetch_batches=2))
 
     def _epoch(self, epoch: int, blocks: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         totals = [sum(n for _, _, n in self._share(epoch, rank)) for rank in range(self.world_size)]
-        n_steps = max(1, max(totals) // self.batch_size)
+        n_steps = max(1, round(max(totals) / self.batch_size))
         sizes = [[len(x) for x in np.array_split(np.empty(total), n_steps)] for total in totals]
         pending: list[dict] = []
         for step in range(n_steps):

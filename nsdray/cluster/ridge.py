@@ -21,31 +21,31 @@ def decoder_card(subject: SubjectPlan, model: str, rescale: str, network: dict) 
     return DecoderCard(subject.subject, model, shapes, rescale, vdvae, plan.vdvae_sha256, plan.is_simulated, network)
 
 
-@ray.remote(num_cpus=1, num_returns=2)
-def factorise_subject(subject: SubjectPlan, alpha: float) -> tuple[RidgeFactor, dict[str, np.ndarray]]:
-    """z-score the training betas and factorise; returns the factor and the scaling of the betas."""
+@ray.remote(num_cpus=1, num_returns=3)
+def factorise_subject(subject: SubjectPlan) -> tuple[RidgeFactor, np.ndarray, dict[str, np.ndarray]]:
+    """z-score the training betas and factorise: the factor, the leave-one-out smoother of a seeded sample of about as many
+    training images as there are test images, and the scaling of the betas."""
     _, betas = read_samples(subject, "train")
     mean, std = moments(betas)
-    factor = factorise(zscore(betas, mean, std), alpha)
-    return factor, {"betas_mean": mean, "betas_std": std}
+    factor = factorise(zscore(betas, mean, std), subject.plan.config.ridge.alpha)
+    n_held_out = min(len(betas), max(2, len(subject.image_ids("test"))))
+    rows = np.sort(rng(subject.plan.config.seed, "leave-one-out", subject.subject).permutation(len(betas))[:n_held_out])
+    return factor, factor.leave_one_out_smoother(rows), {"betas_mean": mean, "betas_std": std}
 
 
 @ray.remote(num_cpus=1)
-def fit_layer(subject: SubjectPlan, factor: RidgeFactor, layer: int) -> dict[str, np.ndarray]:
+def fit_layer(subject: SubjectPlan, factor: RidgeFactor, leave_one_out: np.ndarray, layer: int) -> dict[str, np.ndarray]:
     """Fit one layer, write its weights, and return the moments of latents and of leave-one-out predictions."""
-    plan = subject.plan
+    plan, stage = subject.plan, subject.plan.model("ridge")
     targets = read_targets(subject, "train", [layer_name(layer)]).astype(np.float32)
     weights, intercept = factor.weights(targets)
-    stage = plan.model("ridge")
     plan.store.write_bytes(
         f"{stage.folder}/{subject.folder}/ridge_{layer_name(layer)}.safetensors",
         save({"weights": weights, "intercept": intercept}),
     )
-    n_held_out = min(len(targets), max(2, len(subject.image_ids("test"))))
-    rows = np.sort(rng(plan.config.seed, "leave-one-out", subject.subject).permutation(len(targets))[:n_held_out])
-    held_out = factor.leave_one_out(targets, rows)
+    centred, mean = factor.centre(targets)
     latents_mean, latents_std = moments(targets)
-    predictions_mean, predictions_std = moments(held_out)
+    predictions_mean, predictions_std = moments(leave_one_out @ centred + mean)
     return {"latents_mean": latents_mean, "latents_std": latents_std, "predictions_mean": predictions_mean,
             "predictions_std": predictions_std}  # fmt: skip
 
@@ -73,6 +73,7 @@ def finish_decoder(subject: SubjectPlan, card: DecoderCard, scaling: Scaling) ->
 
 def fit_ridge(subject: SubjectPlan) -> ray.ObjectRef:
     """Start fitting a subject's ridge; the reference resolves when its folder is finished."""
-    factor, scaling = factorise_subject.remote(subject, subject.plan.config.ridge.alpha)
-    layers = [fit_layer.remote(subject, factor, layer) for layer in range(subject.plan.config.n_layers)]
-    return write_decoder.remote(subject, scaling, *layers)
+    shared = ray.put(subject)
+    factor, leave_one_out, scaling = factorise_subject.remote(shared)
+    layers = [fit_layer.remote(shared, factor, leave_one_out, i) for i in range(subject.plan.config.n_layers)]
+    return write_decoder.remote(shared, scaling, *layers)

@@ -53,15 +53,14 @@ class Tracker:
         if key not in self.runs:
             found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
             if found:
-                self.runs[key] = found[0].info.run_id
+                run = found[0]
+                self.client.update_run(run.info.run_id, "RUNNING")
             else:
-                all_tags = tags | {KEY: key, "mlflow.runName": name}
-                if parent is not None:
-                    all_tags[PARENT] = self.runs[parent]
-                run = self.client.create_run(self.experiment, tags=all_tags)
-                self.runs[key] = run.info.run_id
-                settings = [Param(k, str(v)[:500]) for k, v in params.items()]
-                self.client.log_batch(self.runs[key], params=settings)
+                own = {KEY: key, "mlflow.runName": name} | ({PARENT: self.runs[parent]} if parent else {})
+                run = self.client.create_run(self.experiment, tags=tags | own)
+            self.runs[key] = run.info.run_id
+            if not run.data.params:
+                self.client.log_batch(run.info.run_id, params=[Param(k, str(v)[:500]) for k, v in params.items()])
         return self.runs[key]
 
     def log_epoch(self, key: str, metrics: dict[str, float]) -> None:
@@ -93,14 +92,16 @@ class Tracker:
             if files:
                 self.client.log_artifacts(self.runs[key], folder)
 
-    def finish(self, key: str, status: str = "FINISHED") -> None:
-        self.client.set_terminated(self.runs[key], status)
+    def close(self, status: str) -> None:
+        """End all runs that were started, "FINISHED" or "FAILED"."""
+        for run in self.runs.values():
+            self.client.set_terminated(run, status)
 
 
 def start_tracker(store: Store) -> Any:
     """The tracker's actor, on this node."""
     here = ray.get_runtime_context().get_node_id()
-    artifacts = Path(store.base, "mlartifacts").as_uri() if store.is_local else f"{store.root.rstrip('/')}/mlartifacts"
+    artifacts = Path(store.base, "mlartifacts").as_uri() if store.is_local else store.uri("mlartifacts")
     external = "MLFLOW_TRACKING_URI" in os.environ
     actor = ray.remote(num_cpus=0)(Tracker).options(
         scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)

@@ -7,6 +7,7 @@ return value, not from ``fit().metrics``, which Train V2 binds to the last repor
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,18 +18,19 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
 from safetensors.torch import save
 from tqdm import tqdm
 
-from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
+from nsdray.cluster.data import Source, TrainingStream
 from nsdray.cluster.ridge import decoder_card, finish_decoder
-from nsdray.config import digest
+from nsdray.config import ClusterConfig, digest
 from nsdray.decoder import Scaling
 from nsdray.regressors import REGRESSORS
-from nsdray.regressors.scaling import moments, zscore
+from nsdray.regressors.scaling import Moments, moments, zscore
 from nsdray.seeds import derive
 from nsdray.stages import SubjectPlan, layer_name
+from nsdray.store import Store
 from nsdray.training import predict, train
 
 
@@ -88,19 +90,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     context = RayContext()
     columns = [layer_name(i) for i in range(config.n_layers)]
     held_out = validation_images(subject, settings["validation_fraction"])
-    image_ids, betas = read_samples(subject, "train")
-    is_held_out = np.isin(image_ids, held_out)
-    targets = read_targets(subject, "train", columns)
-    betas_mean, betas_std = moments(betas[~is_held_out])
-    latents_mean, latents_std = moments(targets[~is_held_out])
-    val_betas = torch.from_numpy(zscore(betas[is_held_out], betas_mean, betas_std))
-    val_targets = torch.from_numpy(targets[is_held_out].astype(np.float32))
-    del betas, targets
+    source = Source.of(subject, "train", columns)
+    betas_moments, latents_moments, val_betas, val_latents = scan(source, held_out)
+    (betas_mean, betas_std), (latents_mean, latents_std) = ((m.mean, m.std) for m in (betas_moments, latents_moments))
+    val_betas, val_latents = torch.from_numpy(zscore(val_betas, betas_mean, betas_std)), torch.from_numpy(val_latents)
 
     torch.manual_seed(derive(config.seed, "initial weights", subject.subject))
     network_arguments = {name: settings[name] for name in ("hidden", "dropout")}
     network = REGRESSORS[model_name](len(betas_mean), len(latents_mean), **network_arguments)
-    stream = TrainingStream(Source.of(subject, "train", columns), held_out, settings["batch_size"], settings["n_epochs"],
+    stream = TrainingStream(source, held_out, settings["batch_size"], settings["n_epochs"],
                             config.seed, context.rank, context.world_size)  # fmt: skip
     scale = torch.from_numpy(betas_mean), torch.from_numpy(betas_std)
 
@@ -111,7 +109,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     share = slice(context.rank, None, context.world_size)
     names = ("n_epochs", "learning_rate", "weight_decay", "patience", "warmup_epochs", "clip_norm", "checkpoint_every")
     result = train(
-        network, batches, (val_betas[share], val_targets[share]), context, seed=config.seed, target_mean=latents_mean,
+        network, batches, (val_betas[share], val_latents[share]), context, seed=config.seed, target_mean=latents_mean,
         target_std=latents_std, **{name: settings[name] for name in names},
     )  # fmt: skip
     if context.rank == 0:
@@ -127,6 +125,20 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     return result["history"][result["best_epoch"]] | {"n_epochs_run": len(result["history"])}
 
 
+def scan(source: Source, held_out: np.ndarray) -> tuple[Moments, Moments, np.ndarray, np.ndarray]:
+    """One pass over the training parts: moments of betas and latents of the images that are fitted to, and the held-out
+    images' betas and latents, float32."""
+    betas_moments, latents_moments, val_betas, val_latents = Moments(), Moments(), [], []
+    for index in range(len(source.parts)):
+        image_ids, betas, latents = source.read(index)
+        is_held_out = np.isin(image_ids, held_out)
+        betas_moments.add(betas[~is_held_out])
+        latents_moments.add(latents[~is_held_out])
+        val_betas.append(betas[is_held_out])
+        val_latents.append(latents[is_held_out].astype(np.float32))
+    return betas_moments, latents_moments, np.concatenate(val_betas), np.concatenate(val_latents)
+
+
 def standardise(betas: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """`zscore` for tensors: 0 where std is 0."""
     return (betas - mean) * torch.where(std > 0, 1 / std.clamp_min(1e-30), 0)
@@ -136,9 +148,11 @@ def train_networks(subjects: list[SubjectPlan], model: str, tracker: Any) -> Non
     """Train one network per subject, as many at a time as the cluster has room for, and write their decoders."""
     if not subjects:
         return
-    check_room(subjects[0])
-    at_once = parallel_trainings(subjects[0], ray.cluster_resources())
-    with ThreadPoolExecutor(at_once) as threads:
+    # The controller takes one report per poll; at its default of 2 s, an epoch could not be shorter than that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    at_once = parallel_trainings(subjects[0].plan.config.cluster, ray.cluster_resources())
+    threads = ThreadPoolExecutor(at_once)
+    try:
         running = {threads.submit(_fit, subject, model, tracker): subject for subject in subjects}
         with tqdm(total=len(running), desc=f"train {model} ({at_once} at a time)", unit="subject") as progress:
             for done in as_completed(running):
@@ -148,6 +162,8 @@ def train_networks(subjects: list[SubjectPlan], model: str, tracker: Any) -> Non
                     f"  subject {running[done].subject}: {model} stopped after {best['n_epochs_run']} epochs, best epoch "
                     f"{best['epoch'] + 1}, validation MSE {best['val_mse']:.4f}, MAE {best['val_mae']:.4f}"
                 )
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _fit(subject: SubjectPlan, model: str, tracker: Any) -> dict[str, float]:
@@ -169,24 +185,33 @@ def _fit(subject: SubjectPlan, model: str, tracker: Any) -> dict[str, float]:
             callbacks=[CurveLogger(tracker, subject.run_key(model))],
         ),
     )  # fmt: skip
-    return trainer.fit().return_value
+    forget_broken_run(plan.store, f"training/{name}")
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:  # tell what went wrong in the worker
+        raise next(iter(error.worker_failures.values()), error) from error
 
 
-def parallel_trainings(subject: SubjectPlan, available: dict[str, float]) -> int:
-    """Trainings that fit at once, leaving one CPU to Ray Data."""
-    cluster, gpus = subject.plan.config.cluster, available.get("GPU", 0)
-    by_cpu = (available.get("CPU", 1) - 1) / (cluster.n_train_workers * cluster.cpus_per_train_worker)
-    return max(1, int(min(by_cpu, gpus / cluster.n_train_workers) if gpus else by_cpu))
+def forget_broken_run(store: Store, folder: str) -> None:
+    """Ray Train rewrites its snapshot in place, so a kill can leave half of one, and then it could never start again."""
+    try:
+        json.loads(store.read_bytes(f"{folder}/checkpoint_manager_snapshot.json"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        store.fs.delete_dir(f"{store.base}/{folder}")
 
 
-def check_room(subject: SubjectPlan) -> None:
-    """Refuse a training that could never be scheduled."""
-    cluster, available = subject.plan.config.cluster, ray.cluster_resources()
-    cpus, gpus = available.get("CPU", 0), available.get("GPU", 0)
-    needed = cluster.n_train_workers * cluster.cpus_per_train_worker + 1
-    if needed > cpus or (gpus and cluster.n_train_workers > gpus):
+def parallel_trainings(cluster: ClusterConfig, available: dict[str, float]) -> int:
+    """Trainings that fit at once. ValueError if not even one does."""
+    cpus, gpus, n_workers = available.get("CPU", 0), available.get("GPU", 0), cluster.n_train_workers
+    fits = int(cpus / (n_workers * cluster.cpus_per_train_worker))
+    if gpus:
+        fits = min(fits, int(gpus / n_workers))
+    if fits < 1:
         raise ValueError(
-            f"{cluster.n_train_workers} training workers need {needed:g} CPUs (one of them for Ray Data)"
-            f"{f' and {cluster.n_train_workers} GPUs' if gpus else ''}, but the cluster has {cpus:g} CPUs and {gpus:g} "
-            "GPUs; they would wait for ever. Lower --cluster.n-train-workers or --cluster.cpus-per-train-worker."
+            f"{n_workers} training workers need {n_workers * cluster.cpus_per_train_worker:g} CPUs"
+            f"{f' and {n_workers} GPUs' if gpus else ''}, but the cluster has {cpus:g} CPUs and {gpus:g} GPUs; they would "
+            "wait for ever. Lower --cluster.n-train-workers or --cluster.cpus-per-train-worker."
         )
+    return fits

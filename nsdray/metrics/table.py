@@ -15,6 +15,7 @@ from nsdray.seeds import rng
 LATENT_METRICS = ("latent_mse", "latent_mae")
 METRICS = (*LATENT_METRICS, *PIXEL_METRICS)
 LOWER_IS_BETTER = frozenset(LATENT_METRICS)
+N_IMAGES_BATCH = 32
 Score = tuple[str, str, np.ndarray]
 """(metric, pairing, values (n,) float64), pairing one of "matched", "chance", "ceiling"."""
 
@@ -44,10 +45,16 @@ def picture_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) 
     is precise enough).
     """
     pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
+    everyone = np.arange(len(seen))
+
+    def score(metric, rows: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+        batches = np.array_split(everyone, -(-len(seen) // N_IMAGES_BATCH))  # NSD's pictures are large
+        return np.concatenate([metric(seen[rows[batch]], decoded[batch]) for batch in batches])
+
     for name, metric in PIXEL_METRICS.items():
-        yield name, "matched", metric(seen, pictures)
-        yield name, "chance", np.mean([metric(seen[other], pictures) for other in pairings], 0)
-        yield name, "ceiling", metric(seen, ceiling)
+        yield name, "matched", score(metric, everyone, pictures)
+        yield name, "chance", np.mean([score(metric, other, pictures) for other in pairings], 0)
+        yield name, "ceiling", score(metric, everyone, ceiling)
 
 
 def format_table(rows: list[dict[str, object]]) -> str:

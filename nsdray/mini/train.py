@@ -26,6 +26,9 @@ CARD_LAYERS = (2, 6, 14, 15, 23, 31)
 TRUNCATIONS = (6, 14, 15, 23)
 """Half of the batches draw all layers after one of these from the prior, so that the early ones carry the picture."""
 
+FREE_NATS = 16.0
+"""KL divergence that each layer may spend for free (free bits, Kingma et al. 2016), so that deep layers do not collapse."""
+
 
 def scene_batch(indices: range, size: int, purpose: str = "training", seed: int = 0) -> torch.Tensor:
     """Scenes as (n, 3, size, size) float in [0, 1], drawn at 64 pixels and resized as stimuli are."""
@@ -96,7 +99,7 @@ def vdvae_step(model: VDVAE, optimiser: torch.optim.Optimizer, step: int, batch_
         likelihood, rates = model.elbo(images, n_posterior)
     n_values = images[0].numel()
     kl_weight = min(1.0, 0.2 + 0.8 * step / 500)
-    loss = (kl_weight * rates.sum(1) - likelihood).mean() / n_values
+    loss = (kl_weight * rates.mean(0).clamp_min(FREE_NATS).sum() - likelihood.mean()) / n_values
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,23 +134,25 @@ def vdvae_card(weights: Path, config: VDVAEConfig, n_steps: int, batch_size: int
             pictures = model.decode(latents[:n_layers], seeds, deterministic=deterministic).numpy()
             scores += [f"{psnr(truth, pictures).mean():.2f}", f"{pixcorr(truth, pictures).mean():.3f}"]
         lines.append(f"| {n_layers} | {config.n_latents(n_layers):,} | " + " | ".join(scores) + " |")
-    n_parameters = sum(p.numel() for p in model.parameters())
-    table = "\n".join(lines)
+    shape = f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.image_size} x {config.image_size} pictures"
+    n_layers, table = len(config.layer_shapes), "\n".join(lines)
     return f"""# Mini VDVAE
 
 The very deep VAE of the offline default: the class of the published model (`nsdray.models.vdvae.VDVAE`) with a small
-configuration, {n_parameters:,} parameters, {config.image_size} x {config.image_size} pictures. Its {len(config.layer_shapes)} latent layers have the shapes of the first
-{len(config.layer_shapes)} layers of OpenAI's ImageNet-64 model, so 15 layers are 13,344 values and 31 are 91,168. It knows drawn scenes only and stands in
-for no published model.
+configuration: {shape}. Its {n_layers} latent layers have the shapes of the first
+{n_layers} layers of OpenAI's ImageNet-64 model, so 15 layers are 13,344 values and 31 are 91,168. It knows drawn scenes
+only and stands in for no published model.
 
-- **Made by** `python jobs/train_mini_models.py --n-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,} steps of {batch_size} scenes from the stream
-  "training" of `nsdray.nsd.scenes`, which shares no scene with any stimulus set. AdamW, warm-up and cosine decay, averaged weights.
-- **Objective**: the evidence lower bound. In half of the batches all layers after the 6th, 14th, 15th or 23rd are drawn from the
-  prior instead of the posterior. That is a lower bound too, and it makes the early layers carry the picture.
+- **Made by** `python jobs/train_mini_models.py --n-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,} steps of
+  {batch_size} scenes from the stream "training" of `nsdray.nsd.scenes`, which shares no scene with any stimulus set.
+  AdamW, warm-up and cosine decay, averaged weights.
+- **Objective**: the evidence lower bound. In half of the batches all layers after the 6th, 14th, 15th or 23rd are drawn
+  from the prior instead of the posterior. That is a lower bound too, and it makes the early layers carry the picture.
+  Each layer has {FREE_NATS:g} nats of KL divergence for free.
 - **Weights**: fp16 safetensors, SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`.
 
-Held-out figures: {n_images} scenes of the stream "card", true latents (posterior samples) of the first layers, the rest from the prior.
-*Drawn*: prior and pixels are drawn, as in decoding. *Most likely*: `deterministic=True`.
+Held-out figures: {n_images} scenes of the stream "card", true latents (posterior samples) of the first layers, the rest
+from the prior. *Drawn*: prior and pixels are drawn, as in decoding. *Most likely*: `deterministic=True`.
 
 | layers | latents | PSNR, dB (drawn) | PixCorr (drawn) | PSNR, dB (most likely) | PixCorr (most likely) |
 |---|---|---|---|---|---|

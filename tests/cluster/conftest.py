@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from nsdray.cluster.run import train_all_subjects
+from nsdray.cluster.results import train_all_subjects
 from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, StoreConfig, TargetsConfig
 from nsdray.stages import Plan
 

@@ -10,11 +10,11 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from nsdray.cluster import run
+from nsdray.cluster import results, run
 from nsdray.cluster.actors import pool_size
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
 from nsdray.cluster.tracking import tracking_uri
-from nsdray.cluster.train import check_room, validation_images
+from nsdray.cluster.train import parallel_trainings, validation_images
 from nsdray.config import ClusterConfig, DataConfig, StoreConfig
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import from_png
@@ -90,7 +90,7 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
-    assert gru.data.metrics["pixcorr"] == pytest.approx(run.mean_scores(finished.subjects[0], "gru")["pixcorr/matched"])
+    assert gru.data.metrics["pixcorr"] == pytest.approx(results.mean_scores(finished.subjects[0], "gru")["pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
 
@@ -99,7 +99,7 @@ def test_second_call_finds_everything_done(finished, monkeypatch):
         raise AssertionError("nothing should have been started")
 
     monkeypatch.setattr(run, "start_ray", forbidden)
-    run.train_all_subjects(Plan(finished.config))
+    results.train_all_subjects(Plan(finished.config))
 
 
 def test_deleted_shard_is_made_again_and_nothing_else(finished):
@@ -138,12 +138,12 @@ def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
         rows = np.flatnonzero(subject.trials.is_test[subject.trials.session == number])
         with h5py.File(path, "r+") as file:
             file["betas"][rows] = np.random.default_rng(number).integers(-3000, 3000, file["betas"][rows].shape)
-    run.train_all_subjects(plan)
+    results.train_all_subjects(plan)
     for model in ("ridge", "gru"):
         ours, theirs = decoder_files(plan, model), decoder_files(finished, model)
         assert ours.keys() == theirs.keys() and len(ours) >= 2
         assert [name for name in ours if ours[name] != theirs[name]] == []
-        assert run.mean_scores(subject, model) != run.mean_scores(finished.subjects[0], model)
+        assert results.mean_scores(subject, model) != results.mean_scores(finished.subjects[0], model)
 
 
 def stream(plan, **settings):
@@ -187,8 +187,8 @@ def test_gru_trains_on_two_workers(finished, tmp_path):
     config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("gru",), cluster=ClusterConfig(n_train_workers=2),
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
-    run.train_all_subjects(plan)
-    assert np.isfinite(list(run.mean_scores(plan.subjects[0], "gru").values())).all()
+    results.train_all_subjects(plan)
+    assert np.isfinite(list(results.mean_scores(plan.subjects[0], "gru").values())).all()
 
 
 def test_ridge_scores_do_not_depend_on_the_number_of_workers(finished, tmp_path):
@@ -197,15 +197,22 @@ def test_ridge_scores_do_not_depend_on_the_number_of_workers(finished, tmp_path)
     config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("ridge",),
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
-    run.train_all_subjects(plan)
-    assert run.mean_scores(plan.subjects[0], "ridge") == run.mean_scores(finished.subjects[0], "ridge")
-    with pytest.raises(ValueError, match=r"1 training workers need 1.5 CPUs .* but the cluster has 1 CPUs"):
-        check_room(plan.subjects[0])
+    results.train_all_subjects(plan)
+    assert results.mean_scores(plan.subjects[0], "ridge") == results.mean_scores(finished.subjects[0], "ridge")
+
+
+def test_parallel_trainings():
+    assert parallel_trainings(ClusterConfig(), {"CPU": 2.0}) == 2
+    assert parallel_trainings(ClusterConfig(n_train_workers=2), {"CPU": 64.0, "GPU": 4.0}) == 2
+    with pytest.raises(ValueError, match=r"3 training workers need 3 CPUs, but the cluster has 2 CPUs and 0 GPUs"):
+        parallel_trainings(ClusterConfig(n_train_workers=3), {"CPU": 2.0})
 
 
 def test_pool_size():
     assert pool_size(ClusterConfig(), {"CPU": 2.0}, 9)[0] == 2
     assert pool_size(ClusterConfig(), {"CPU": 64.0, "GPU": 4.0}, 9) == (4, {"num_cpus": 1, "num_gpus": 1.0})
+    assert pool_size(ClusterConfig(gpus_per_replica=0.3), {"CPU": 64.0, "GPU": 4.0}, 99)[0] == 12
+    assert pool_size(ClusterConfig(), {"CPU": 4.0, "GPU": 8.0}, 99)[0] == 4
     assert pool_size(ClusterConfig(gpus_per_replica=0.5), {"CPU": 64.0, "GPU": 4.0}, 6)[0] == 6
     with pytest.raises(ValueError, match="n_replicas is 5, but the cluster has room for 2"):
         pool_size(ClusterConfig(n_replicas=5), {"CPU": 2.0}, 9)
