@@ -9,7 +9,8 @@ def mini() -> Config:
     return Config(
         recipe="mini",
         ridge=RidgeConfig(alpha=4_000.0),  # 50,000 scaled to some 1,250 voxels
-        gru=GRUConfig(learning_rate=2e-3, weight_decay=2.0, dropout=0.7, batch_size=16),
+        # strong regularisation: only 540 images are fitted to
+        gru=GRUConfig(learning_rate=4e-3, weight_decay=2.0, dropout=0.7, batch_size=32, n_epochs=40, patience=8),
         stage1=Stage1Config(deterministic=True),
     )
 
