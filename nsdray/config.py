@@ -96,8 +96,12 @@ class TargetsConfig:
     """Regression targets: a seeded sample of the posterior (as Brain-Diffuser) or its mean."""
     seed: int = 0
     """Seed of the posterior samples; the draw for an image depends on this and its image_id only."""
-    batch_size: int = 32
-    """Images per forward pass. Batches are padded to this size, so results do not depend on the number of replicas."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the VDVAE's layers, for targets and pictures alike. bfloat16 (autocast) is faster where the hardware
+    knows it, and alters latents by about 1 %."""
+    batch_size: int | None = None
+    """Images per forward pass, for targets and pictures alike. Batches are padded to this size, so results do not depend
+    on the number of replicas. None: what fits into half of the free memory, 64 at most."""
 
     def __post_init__(self) -> None:
         require(1 <= self.n_layers <= 75, f"targets.n_layers is {self.n_layers}, must be in 1..75")
@@ -105,7 +109,10 @@ class TargetsConfig:
             self.vdvae != "mini" or self.n_layers <= 31,
             f"targets.n_layers is {self.n_layers}, but the mini VDVAE has 31 layers",
         )
-        require(self.batch_size >= 1, f"targets.batch_size is {self.batch_size}, must be at least 1")
+        require(
+            self.batch_size is None or self.batch_size >= 1,
+            f"targets.batch_size is {self.batch_size}, must be at least 1",
+        )
 
 
 Rescale = Literal["train_moments", "test_moments", "none"]
@@ -173,8 +180,6 @@ class Stage1Config:
     """Prior means and the most likely pixel instead of seeded draws."""
     seed: int = 0
     """Seed of all draws; the draw for an image depends on this and its image_id only."""
-    batch_size: int = 32
-    """Images per forward pass; padded, so results do not depend on the number of replicas."""
 
 
 @dataclass(frozen=True)

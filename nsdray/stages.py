@@ -160,9 +160,7 @@ class Plan:
         return {"table.txt": inputs} | {f"subject{subject.subject:02d}.png": inputs for subject in self.subjects}
 
     def _stage1_settings(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.config.stage1)
-        del settings["batch_size"]
-        return settings | {"n_layers": self.config.n_layers}
+        return dataclasses.asdict(self.config.stage1) | {"n_layers": self.config.n_layers}
 
     def _model_stage(self, kind: str, regressor: str, **config: Any) -> Stage:
         return self._stage(f"{kind}/{regressor}-{self.config.n_layers}", **config)

@@ -5,6 +5,8 @@ by Ray and its part is done anew; since parts and batches are fixed, the result 
 """
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, to_png
-from nsdray.models.vdvae import VDVAE, load_vdvae
+from nsdray.models.vdvae import VDVAE, VDVAEConfig, load_vdvae
 from nsdray.nsd.stimuli import Stimuli
 from nsdray.stages import VDVAE_CONFIGS, Part, Plan, layer_name
 from nsdray.store import Inputs, Stage, table, view_column
@@ -36,14 +38,30 @@ class VDVAEReplica:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_vdvae(self.checkpoint, VDVAE_CONFIGS[self.config.targets.vdvae](), device)
 
+    @cached_property
+    def batch_size(self) -> int:
+        """Images per forward pass: as configured, or what fits into half of this replica's share of the memory."""
+        if self.config.targets.batch_size is not None:
+            return self.config.targets.batch_size
+        if self.vdvae.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(0).total_memory * min(1.0, self.config.cluster.gpus_per_replica)
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
+        return fitting_batch_size(self.vdvae.config, memory)
+
+    def precision(self) -> torch.autocast:
+        """Autocast to bfloat16, if so configured."""
+        return torch.autocast(self.vdvae.device.type, torch.bfloat16, enabled=self.config.targets.dtype == "bfloat16")
+
     def extract(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """Encode the pictures of a part and write its targets."""
         settings = self.config.targets
         with Stimuli(self.stimuli) as stimuli:
             pictures = stimuli.read(part.image_ids)
-        layers = vdvae_latents(
-            self.vdvae, pictures, part.image_ids, settings.n_layers, settings.latents, settings.seed, settings.batch_size
-        )
+        with self.precision():
+            layers = vdvae_latents(
+                self.vdvae, pictures, part.image_ids, settings.n_layers, settings.latents, settings.seed, self.batch_size
+            )
         columns = {"image_id": part.image_ids} | {layer_name(i): z for i, z in enumerate(layers)}
         target.write(partition, part.name, table(columns), inputs)
 
@@ -53,10 +71,11 @@ class VDVAEReplica:
         stage1, columns = self.config.stage1, [layer_name(i) for i in range(self.config.n_layers)]
         data = source.read(source_partition, part, ["image_id", *columns])
         image_ids = view_column(data, "image_id")
-        pictures = decode_pictures(
-            self.vdvae, [view_column(data, name) for name in columns], image_ids, stage1.seed, stage1.temperature,
-            stage1.deterministic, stage1.batch_size,
-        )  # fmt: skip
+        latents = [view_column(data, name) for name in columns]
+        with self.precision():
+            pictures = decode_pictures(
+                self.vdvae, latents, image_ids, stage1.seed, stage1.temperature, stage1.deterministic, self.batch_size
+            )
         seeds = np.full(len(image_ids), stage1.seed, np.int64)
         pngs = [to_png(picture) for picture in pictures]
         target.write(partition, part, table({"image_id": image_ids, "stage1": pngs, "seed": seeds}), inputs)
@@ -93,6 +112,15 @@ def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int
     if n > max(1, fits):
         raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
     return max(1, min(n, n_calls)), resources
+
+
+def fitting_batch_size(vdvae: VDVAEConfig, memory: float, most: int = 64) -> int:
+    """Largest power of two whose activations fit into half of the memory (bytes), at most 64.
+
+    An image needs some 40 maps of width x image_size^2 float32 values at the widest point.
+    """
+    n_bytes = 40 * 4 * vdvae.width * vdvae.image_size**2
+    return 2 ** min(int(math.log2(most)), max(0, int(math.log2(max(1.0, memory / 2 / n_bytes)))))
 
 
 def gather(refs: Iterable[ray.ObjectRef], description: str, unit: str) -> list[Any]:

@@ -447,7 +447,8 @@ def load_vdvae(path: str | Path, config: VDVAEConfig, device: str | torch.device
         raise ValueError(
             f"{path} does not fit this VDVAE ({len(wanted)} tensors): {len(absent)} missing {absent[:3]}, "
             f"{len(unknown)} unknown {unknown[:3]}, {len(misshaped)} of another shape {sorted(misshaped)[:3]}. "
-            "Is it the checkpoint of another model?"
+            "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked "
+            "from the README of github.com/openai/vdvae."
         )
     model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return model.to(device).eval().requires_grad_(False)

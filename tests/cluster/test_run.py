@@ -11,7 +11,7 @@ import ray
 from mlflow import MlflowClient
 
 from nsdray.cluster import results, run
-from nsdray.cluster.actors import pool_size
+from nsdray.cluster.actors import fitting_batch_size, pool_size
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
 from nsdray.cluster.tracking import tracking_uri
 from nsdray.cluster.train import parallel_trainings, validation_images
@@ -191,7 +191,7 @@ def test_gru_trains_on_two_workers(finished, tmp_path):
     assert np.isfinite(list(results.mean_scores(plan.subjects[0], "gru").values())).all()
 
 
-def test_ridge_scores_do_not_depend_on_the_number_of_workers(finished, tmp_path):
+def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
     ray.shutdown()
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("ridge",),
@@ -199,6 +199,11 @@ def test_ridge_scores_do_not_depend_on_the_number_of_workers(finished, tmp_path)
     plan = Plan(config)
     results.train_all_subjects(plan)
     assert results.mean_scores(plan.subjects[0], "ridge") == results.mean_scores(finished.subjects[0], "ridge")
+    for split in ("train", "test"):  # one replica there, two here: the same to the bit
+        partition = plan.subjects[0].targets(split)
+        for part in plan.subjects[0].parts(split):
+            one, two = (p.targets.read(partition, part.name) for p in (plan, finished))
+            assert one.equals(two)
 
 
 def test_parallel_trainings():
@@ -206,6 +211,12 @@ def test_parallel_trainings():
     assert parallel_trainings(ClusterConfig(n_train_workers=2), {"CPU": 64.0, "GPU": 4.0}) == 2
     with pytest.raises(ValueError, match=r"3 training workers need 3 CPUs, but the cluster has 2 CPUs and 0 GPUs"):
         parallel_trainings(ClusterConfig(n_train_workers=3), {"CPU": 2.0})
+
+
+def test_batch_size_follows_memory():
+    assert fitting_batch_size(VDVAEConfig.mini(), 8e9) == 64
+    assert fitting_batch_size(VDVAEConfig.imagenet64(), 12e9) == 16
+    assert fitting_batch_size(VDVAEConfig.imagenet64(), 1e6) == 1
 
 
 def test_pool_size():

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nsdray.models import vdvae
-from nsdray.models.vdvae import VDVAE, DecoderBlock, VDVAEConfig
+from nsdray.models.vdvae import VDVAE, DecoderBlock, VDVAEConfig, load_vdvae
 from nsdray.seeds import image_seeds
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vdvae_small.npz"
@@ -315,3 +316,32 @@ def test_errors_of_encode_and_decode(model, images):
 
 if __name__ == "__main__":
     np.savez_compressed(GOLDEN, origin=np.array(ORIGIN), **reference_outputs(Path(sys.argv[1]), SMALL, 2))
+
+
+def test_checkpoints_load_strictly(model, tmp_path):
+    config, state = model.config, model.state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "model.th")
+    save_file({key: value.half() for key, value in state.items()}, tmp_path / "model.safetensors")
+    loaded, half = (load_vdvae(tmp_path / name, config).state_dict() for name in ("model.th", "model.safetensors"))
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert all(torch.equal(half[key], value.half().float()) for key, value in state.items())
+
+
+def test_wrong_checkpoints_are_explained(model, tmp_path):
+    config, state = model.config, model.state_dict()
+    path = tmp_path / "model.th"
+    torch.save({key: value for key, value in state.items() if "gain" not in key} | {"extra": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"1 missing \['decoder.gain'\], 1 unknown \['extra'\], 0 of another shape .* linked"):
+        load_vdvae(path, config)
+    torch.save(state | {"decoder.gain": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=r"1 of another shape \['decoder.gain'\]"):
+        load_vdvae(path, config)
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read as VDVAE weights .* Is it whole"):
+        load_vdvae(path, config)
+    torch.save({"model": print}, path)  # code, not data
+    with pytest.raises(ValueError, match="cannot be read as VDVAE weights"):
+        load_vdvae(path, config)
+    with pytest.raises(FileNotFoundError):
+        load_vdvae(tmp_path / "absent.th", config)
