@@ -19,6 +19,7 @@ lint: install    ## style
 bench: install   ## benchmarks: every figure is a ratio measured side by side
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/vdvae.py
 
 ui: install      ## MLflow's comparison of all runs, on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \

@@ -79,7 +79,7 @@ def main() -> None:
                 metrics = _train_epoch(model, batches(epoch), optimiser, LocalContext(), scale, 1.0)
                 if epoch:
                     rates[name].append(metrics["samples_per_s"])
-        del stream  # before Ray goes
+        stream = None  # its Ray Data execution ends before Ray does
     ray.shutdown()
     memory, stream_rate = (statistics.median(rates[name]) for name in ("memory", "stream"))
     print(f"GRU, {betas.shape[1]:,} voxels, {latents.shape[1]:,} latents, batch {BATCH_SIZE}, {os.cpu_count()} cores, "

@@ -98,7 +98,7 @@ class TargetsConfig:
     """Seed of the posterior samples; the draw for an image depends on this and its image_id only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the VDVAE's layers, for targets and pictures alike. bfloat16 (autocast) is faster where the hardware
-    knows it, and alters latents by about 1 %."""
+    knows it, and alters posterior means by 1.3 % (rms; mini model, 15 layers)."""
     batch_size: int | None = None
     """Images per forward pass, for targets and pictures alike. Batches are padded to this size, so results do not depend
     on the number of replicas. None: what fits into half of the free memory, 64 at most."""

@@ -26,7 +26,6 @@ from nsdray.nsd.rois import Voxels
 SCALE = 300
 """A stored int16 is percent signal change times this."""
 BUFFER_BYTES = 32 * 2**20
-STRIP = 64  # voxels that are transposed together: their chunks stay in the processor's cache
 """Holds the chunks of all nsdgeneral voxels of a session, so that these are read in one sweep over the file."""
 _DAMAGE = (
     OSError,
@@ -125,28 +124,21 @@ def _read_voxel_chunks(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas
     """Fill betas, one chunk a voxel. A group of voxels fits the buffer; within it, chunks are read in file order."""
     n_trials, n_voxels = betas.shape
     group = max(1, min(n_voxels, BUFFER_BYTES // (2 * n_trials)))
+    chunks = np.empty(group, f"V{2 * n_trials}")
+    rows = chunks.view("<i2").reshape(group, n_trials)
     read_chunk = dataset.id.read_direct_chunk
     for first in range(0, n_voxels, group):
         x, y, z = (axis[first : first + group] for axis in xyz)
         order = np.lexsort((x, y, z))
-        corners = list(zip(repeat(0), z[order].tolist(), y[order].tolist(), x[order].tolist()))
-        try:
-            chunks = [read_chunk(corner)[1] for corner in corners]
-        except RuntimeError:  # some chunk was never written: the slow way knows the fill value
-            chunks = [_chunk(dataset, corner) for corner in corners]
-        place = np.argsort(order).tolist()
-        for start in range(0, len(place), STRIP):
-            strip = b"".join([chunks[i] for i in place[start : start + STRIP]])
-            rows = np.frombuffer(strip, "<i2").reshape(-1, n_trials)
-            betas[:, first + start : first + start + len(rows)] = rows.T
-
-
-def _chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> bytes:
-    """One voxel's chunk, or the fill value where it was never written."""
-    try:
-        return dataset.id.read_direct_chunk(corner)[1]
-    except RuntimeError:
-        return dataset[:, *corner[1:]].tobytes()
+        corners = zip(repeat(0), z[order].tolist(), y[order].tolist(), x[order].tolist())
+        for voxel, corner in zip(order.tolist(), corners):
+            try:
+                chunks[voxel] = read_chunk(corner)[1]
+            except RuntimeError:  # a chunk that was never written: the slow way knows the fill value
+                rows[voxel] = dataset[:, *corner[1:]]
+        for start in range(0, len(x), 256):  # transposed in strips that stay in the processor's cache
+            strip = rows[start : min(start + 256, len(x))]
+            betas[:, first + start : first + start + len(strip)] = strip.T
 
 
 def _read_boxes(dataset: h5py.Dataset, xyz: tuple[np.ndarray, ...], betas: np.ndarray) -> None:
