@@ -1,31 +1,51 @@
 """Train the mini models of the offline default on drawn scenes, and write their weights and cards into the package.
 
-    python jobs/train_mini_models.py                          # about an hour on two cores; interrupted, it goes on
-    python jobs/train_mini_models.py --n-steps 20 --output /tmp/mini   # a trial
+    python jobs/train_mini_models.py                          # hours on two cores; interrupted, it goes on
+    python jobs/train_mini_models.py --only clip              # one of them
+    python jobs/train_mini_models.py --only diffusion --warm-start --diffusion-steps 4000   # better weights from the shipped ones
 
-The shipped weights make this unnecessary; it is here so that they can be made again, or better.
+The shipped weights make this unnecessary; it is here so that they can be made again, or better. Versatile Diffusion learns
+from the VAE and the CLIP in the output folder.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from nsdray.mini import weights_path
-from nsdray.mini.train import save_half, train_vdvae, vdvae_card
+from nsdray.mini.loop import save_half
+from nsdray.mini.train_clip import clip_card, train_clip
+from nsdray.mini.train_vdvae import train_vdvae, vdvae_card
+from nsdray.mini.train_versatile_diffusion import ScenePool, diffusion_card, save_folder, train_unet, train_vae
+from nsdray.models.clip import CLIPConfig, load_clip
 from nsdray.models.vdvae import VDVAEConfig
+from nsdray.models.versatile_diffusion import load_vae, unet_state
 from nsdray.store import resolve_root
+
+Model = Literal["vdvae", "clip", "vae", "diffusion"]
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Settings of the mini models' training."""
 
-    n_steps: int = 3400
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Scenes per step."""
+    only: tuple[Model, ...] = ("vdvae", "clip", "vae", "diffusion")
+    """Models to train, in this order; diffusion is Versatile Diffusion's UNet."""
+    vdvae_steps: int = 3400
+    """Optimiser steps of 32 scenes."""
+    clip_steps: int = 2000
+    """Optimiser steps of 128 scenes with captions."""
+    vae_steps: int = 3000
+    """Optimiser steps of 24 scenes."""
+    diffusion_steps: int = 10_000
+    """Optimiser steps of 96 scenes."""
+    n_scenes: int = 24_000
+    """Scenes that the UNet sees; they are encoded once."""
+    warm_start: bool = False
+    """Begin the UNet with the weights in the output folder."""
     seed: int = 0
     """Seed of initial weights, scenes and noise."""
     output: Path = weights_path("vdvae").parent
@@ -35,16 +55,47 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    state = (arguments.state or Path(resolve_root(None)) / "mini-training") / f"seed={arguments.seed},steps={arguments.n_steps}"
+    state = (arguments.state or Path(resolve_root(None)) / "mini-training") / f"seed={arguments.seed}"
     state.mkdir(parents=True, exist_ok=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    config = VDVAEConfig.mini()
-    model = train_vdvae(state / "vdvae.pt", config, arguments.n_steps, arguments.batch_size, seed=arguments.seed)
-    weights = arguments.output / "vdvae.safetensors"
-    save_half(model, weights)
-    card = vdvae_card(weights, config, arguments.n_steps, arguments.batch_size)
-    weights.with_suffix(".md").write_text(card)
-    print(f"{card}\nwritten: {weights} and its card")
+    for model in arguments.only:
+        card = TRAINERS[model](arguments, state)
+        print(card, f"written to {arguments.output}", sep="\n")
+
+
+def make_vdvae(arguments: Arguments, state: Path) -> str:
+    config, weights = VDVAEConfig.mini(), arguments.output / "vdvae.safetensors"
+    save_half(train_vdvae(state / "vdvae.pt", config, arguments.vdvae_steps, seed=arguments.seed), weights)
+    return write_card(weights.with_suffix(".md"), vdvae_card(weights, config, arguments.vdvae_steps, batch_size=32))
+
+
+def make_clip(arguments: Arguments, state: Path) -> str:
+    config, weights = CLIPConfig.mini(), arguments.output / "clip.safetensors"
+    save_half(train_clip(state / "clip.pt", config, arguments.clip_steps, seed=arguments.seed).model, weights)
+    return write_card(weights.with_suffix(".md"), clip_card(weights, config, arguments.clip_steps, batch_size=128))
+
+
+def make_vae(arguments: Arguments, state: Path) -> str:
+    folder = arguments.output / "versatile_diffusion"
+    save_folder(folder, None, train_vae(state / "vae.pt", arguments.vae_steps, seed=arguments.seed))
+    return f"VAE of {folder}: its figures are on the card of the whole"
+
+
+def make_diffusion(arguments: Arguments, state: Path) -> str:
+    folder = arguments.output / "versatile_diffusion"
+    vae, clip = load_vae(folder / "vae"), load_clip(arguments.output / "clip.safetensors", CLIPConfig.mini())
+    pool = ScenePool.make(state / f"scenes-{arguments.n_scenes}.safetensors", vae, clip, arguments.n_scenes, arguments.seed)
+    start = unet_state(folder) if arguments.warm_start else None
+    unet = train_unet(state / "unet.pt", pool, clip, arguments.diffusion_steps, seed=arguments.seed, warm_start=start)
+    save_folder(folder, unet, vae)
+    return write_card(folder.with_suffix(".md"), diffusion_card(folder, clip, arguments.diffusion_steps))
+
+
+def write_card(path: Path, card: str) -> str:
+    path.write_text(card)
+    return card
+
+
+TRAINERS = {"vdvae": make_vdvae, "clip": make_clip, "vae": make_vae, "diffusion": make_diffusion}
 
 
 if __name__ == "__main__":

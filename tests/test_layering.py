@@ -50,7 +50,7 @@ def test_imports_run_one_way(path):
 def test_works_without_ray_and_mlflow():
     code = (
         "import sys; sys.modules.update(ray=None, mlflow=None); "
-        "import nsdray.decoder, nsdray.stages, nsdray.report, nsdray.training, nsdray.mini.train; "
+        "import nsdray.decoder, nsdray.stages, nsdray.report, nsdray.training, nsdray.mini.train_vdvae; "
         "assert not any(m.split('.')[0] == 'ray' and sys.modules[m] for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

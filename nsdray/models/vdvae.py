@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from nsdray import seeds as draws
+from nsdray.models.checkpoint import load_strictly, read_weights
 
 LOG_SCALE_MIN = -7.0  # the reference clamps the logistic's log-scale here
 UNIFORM_MARGIN = 1e-5  # uniform draws are kept this far from 0 and 1
@@ -427,28 +427,11 @@ def load_vdvae(path: str | Path, config: VDVAEConfig, device: str | torch.device
     A leading ``module.`` in the keys is dropped. Any dtype is converted to float32. ValueError if the file cannot be
     read or its keys or shapes are not those of the configuration.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(str(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the readers raise many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read as VDVAE weights ({error}). Is it whole? Fetch it again.") from error
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     with torch.device("meta"):
         model = VDVAE(config)
-    wanted = model.state_dict()
-    absent, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshaped = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
-    if absent or unknown or misshaped:
-        raise ValueError(
-            f"{path} does not fit this VDVAE ({len(wanted)} tensors): {len(absent)} missing {absent[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(misshaped)} of another shape {sorted(misshaped)[:3]}. "
-            "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked "
-            "from the README of github.com/openai/vdvae."
-        )
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    hint = (
+        "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked from the "
+        "README of github.com/openai/vdvae."
+    )
+    # channels last: convolutions take two thirds of the time on CPUs
+    return load_strictly(model, read_weights(path), path, hint).to(device, memory_format=torch.channels_last)

@@ -338,10 +338,10 @@ def test_wrong_checkpoints_are_explained(model, tmp_path):
         load_vdvae(path, config)
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cannot be read as VDVAE weights .* Is it whole"):
+    with pytest.raises(ValueError, match="cannot be read as weights .* Is it whole"):
         load_vdvae(path, config)
     torch.save({"model": print}, path)  # code, not data
-    with pytest.raises(ValueError, match="cannot be read as VDVAE weights"):
+    with pytest.raises(ValueError, match="cannot be read as weights"):
         load_vdvae(path, config)
     with pytest.raises(FileNotFoundError):
         load_vdvae(tmp_path / "absent.th", config)
