@@ -1,4 +1,4 @@
-"""Stimuli to VDVAE latents, the regression targets of stage 1, as Parquet with one column per layer.
+"""Stimuli to VDVAE latents and CLIP tokens, captions to CLIP tokens: the regression targets, one column per layer or token.
 
     python jobs/extract_targets.py
     python jobs/extract_targets.py ridge-31 --data.nsd-root /data/nsd --targets.checkpoint imagenet64-iter-1600000-model-ema.th
@@ -12,12 +12,16 @@ from nsdray.cluster.run import anything_missing, extract_targets, start_ray, tar
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    if anything_missing(targets_partitions(plan)):
+    if any(anything_missing(targets_partitions(plan, kind)) for kind in plan.kinds):
         start_ray(plan)
         extract_targets(plan)
     else:
         print("Everything is up to date.")
-    print(f"VDVAE: {plan.vdvae_checkpoint} (SHA-256 {plan.vdvae_sha256})\ntargets: {plan.targets.uri()}")
+    print(f"VDVAE: {plan.vdvae_checkpoint} (SHA-256 {plan.vdvae_sha256})")
+    if plan.has_stage2:
+        print(f"CLIP:  {plan.clip_checkpoint} (SHA-256 {plan.clip_sha256})")
+    for kind in plan.kinds:
+        print(f"{kind} targets: {plan.targets(kind).uri()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Decode all subjects, end to end: betas, targets, regressors, stage-1 pictures, scores, MLflow.
+"""Decode all subjects, end to end: betas, targets, regressors, pictures of both stages, scores, MLflow.
 
     python jobs/train_all_subjects.py                                    # miniature NSD (SIMULATED), minutes on two cores
-    python jobs/train_all_subjects.py gru-15 --data.nsd-root /data/nsd   # the paper's first stage on NSD
+    python jobs/train_all_subjects.py gru-15 --data.nsd-root /data/nsd   # the paper, on NSD
     ray job submit --working-dir . -- python jobs/train_all_subjects.py  # the same on a running cluster
 
 Whatever is missing is made, whatever is finished is skipped, whatever was interrupted goes on.
@@ -18,7 +18,7 @@ def run() -> None:
     plan = plan_from_command_line(__doc__)
     train_all_subjects(plan)
     print(f"\n{report_file(plan, 'table.txt').decode()}")
-    print("pictures (seen | true latents | decoded):")
+    print("pictures (seen | stage 1 | stage 2 of each model | from the truth):")
     for subject in plan.subjects:
         print(f"  {plan.report.uri(plan.report_partition)}/subject{subject.subject:02d}.png")
     uri = tracking_uri(plan.store)

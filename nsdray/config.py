@@ -115,22 +115,47 @@ class TargetsConfig:
         )
 
 
+@dataclass(frozen=True)
+class ClipConfig:
+    """CLIP tokens of pictures and captions, the targets of stage 2."""
+
+    model: Literal["mini", "ViT-L-14"] = "mini"
+    """mini: the small model in the package, trained on drawn scenes. ViT-L-14: OpenAI's, as Versatile Diffusion wants it."""
+    checkpoint: str | None = None
+    """Weight file with open_clip's parameter names. None: the packaged one for mini, else that of open_clip's cache."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of CLIP's layers (autocast)."""
+    batch_size: int = 64
+    """Pictures or captions per forward pass; batches are padded to this size."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"clip.batch_size is {self.batch_size}, must be at least 1")
+
+
 Rescale = Literal["train_moments", "test_moments", "none"]
 
 
 @dataclass(frozen=True)
 class RidgeConfig:
-    """Ridge regression in closed form, one alpha for all latents."""
+    """Ridge regression in closed form, one alpha for all targets of a kind. CLIP tokens are always predicted by ridge."""
 
     alpha: float = 50_000.0
-    """Penalty on z-scored betas. 50,000 for NSD's 15,724 voxels (paper, Brain-Diffuser)."""
+    """Penalty on z-scored betas for VDVAE latents. 50,000 for NSD's 15,724 voxels (paper, Brain-Diffuser)."""
+    alpha_vision: float = 50_000.0
+    """The same for CLIP's vision tokens (paper: 50,000; Brain-Diffuser's code: 60,000)."""
+    alpha_text: float = 50_000.0
+    """The same for CLIP's text tokens (paper: 50,000; Brain-Diffuser's code: 100,000)."""
+    weights: Literal["none", "vdvae", "all"] = "vdvae"
+    """Whose weights to write, for decoding new images. Test images are predicted without them; those of ViT-L/14's tokens
+    would take 16 GB a subject."""
     rescale: Rescale = "train_moments"
     """Ridge predictions are shrunken; the VDVAE wants latents of full size. train_moments: from the moments of
     leave-one-out predictions to those of the training latents. test_moments: moments of the test predictions, as
     Brain-Diffuser does; it looks at the whole test set, for parity only. none: as predicted."""
 
     def __post_init__(self) -> None:
-        require(self.alpha > 0, f"ridge.alpha is {self.alpha}, must be positive")
+        for name in ("alpha", "alpha_vision", "alpha_text"):
+            require(getattr(self, name) > 0, f"ridge.{name} is {getattr(self, name)}, must be positive")
 
 
 @dataclass(frozen=True)
@@ -183,11 +208,56 @@ class Stage1Config:
 
 
 @dataclass(frozen=True)
+class Stage2Config:
+    """The stage-1 picture, refined by Versatile Diffusion under predicted CLIP tokens."""
+
+    model: Literal["mini", "published", "none"] = "mini"
+    """mini: the small model in the package, trained on drawn scenes. published: shi-labs/versatile-diffusion. none: stop
+    after stage 1."""
+    folder: str | None = None
+    """Folder in diffusers' format. None: the packaged one for mini, else <root>/checkpoints/versatile-diffusion."""
+    context: Literal["both", "vision", "text"] = "both"
+    """Tokens to look at."""
+    mixing: float = 0.4
+    """Weight of the text's transformers beside the picture's 1 - mixing (paper, Brain-Diffuser: 0.4)."""
+    start: Literal["stage1", "noise"] = "stage1"
+    """Begin with the stage-1 picture, or with noise alone (which wants strength 1)."""
+    strength: float = 0.75
+    """Share of the steps that are run on the noised stage-1 picture (paper, Brain-Diffuser: 0.75)."""
+    guidance: float = 7.5
+    """Classifier-free guidance (paper, Brain-Diffuser: 7.5)."""
+    sampler: Literal["ddim", "unipc", "dpm"] = "ddim"
+    """ddim with 50 steps as the paper; unipc and dpm need about 20 steps."""
+    n_steps: int = 50
+    """Steps of the full noise schedule."""
+    reference_offset: bool = False
+    """Start from the noise level one step above the first that is denoised, as Brain-Diffuser's scripts do."""
+    seed: int = 0
+    """Seed of all draws; the draw for an image depends on this and its image_id only."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of Versatile Diffusion. bfloat16 on GPUs that know it."""
+    batch_size: int | None = None
+    """Pictures per forward pass; batches are padded to this size. None: what fits into half of the free memory, 32 at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixing", "strength"):
+            require(0 <= getattr(self, name) <= 1, f"stage2.{name} is {getattr(self, name)}, must be in [0, 1]")
+        require(
+            self.start == "stage1" or self.strength == 1,
+            f"stage2.start is noise, which wants --stage2.strength 1, but it is {self.strength}",
+        )
+        require(self.n_steps >= 1, f"stage2.n_steps is {self.n_steps}, must be at least 1")
+        require(
+            self.batch_size is None or self.batch_size >= 1, f"stage2.batch_size is {self.batch_size}, must be at least 1"
+        )
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Use of the Ray cluster. None of this alters results, but for n_train_workers."""
 
     n_replicas: int | None = None
-    """VDVAE replicas (Ray actors). None: one per free GPU, without GPUs one per two free CPUs, at least 2 where there
+    """Model replicas (Ray actors). None: one per free GPU, without GPUs one per two free CPUs, at least 2 where there
     are 2 CPUs."""
     gpus_per_replica: float = 1.0
     """Share of a GPU per replica, on clusters that have GPUs."""
@@ -212,7 +282,8 @@ class Config:
     recipe: str = "mini"
     """Name of the recipe this configuration started from."""
     models: tuple[Literal["ridge", "gru"], ...] = ("ridge", "gru")
-    """Regressors to train, each from betas to the latents of the first n_layers."""
+    """Regressors to train, each from betas to the VDVAE latents of the first n_layers. Each gives a stage-1 picture, and with
+    the tokens that ridge predicts a stage-2 picture."""
     n_layers: int = 15
     """VDVAE layers to predict; deeper ones are drawn from its prior."""
     seed: int = 0
@@ -220,9 +291,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     gru: GRUConfig = field(default_factory=GRUConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
     store: StoreConfig = field(default_factory=StoreConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -233,6 +306,11 @@ class Config:
             "set --targets.n-layers at least as high",
         )
         require(len(self.models) > 0, "models is empty; choose ridge, gru or both")
+        require(
+            self.stage2.model == "none" or (self.stage2.model == "mini") == (self.clip.model == "mini"),
+            f"stage2.model is {self.stage2.model}, but clip.model is {self.clip.model}: Versatile Diffusion looks at the tokens "
+            "of the CLIP that it was trained with",
+        )
 
     def settings(self, model: str) -> dict[str, Any]:
         """The fields of one regressor, as a plain dict."""

@@ -2,9 +2,10 @@
 
 A decoder is a folder:
 
-- ``decoder.json``: which regressor, which VDVAE (with the SHA-256 of its weights), which layers, how to rescale
-- ``scaling.safetensors``: voxel indices, z-score of the betas, moments of the latents and of held-out predictions
-- the regressor's weights: ``network.safetensors``, or for ridge one ``ridge_layer_NN.safetensors`` per layer
+- ``decoder.json``: which regressor, which targets (with the SHA-256 of the network that made them), how to rescale
+- ``scaling.safetensors``: voxel indices, z-score of the betas, moments of the targets and of held-out predictions
+- the regressor's weights: ``network.safetensors``, or for ridge one file per column of the targets, such as
+  ``ridge_layer_07.safetensors`` (if they were asked for: ``ridge.weights``)
 """
 from __future__ import annotations
 
@@ -34,13 +35,17 @@ class DecoderCard:
     subject: int
     regressor: str
     """"ridge" or a name in REGRESSORS."""
-    layer_shapes: list[list[int]]
-    """(zdim, r, r) of each predicted layer."""
+    kind: str
+    """What it predicts: "vdvae", "clip_vision" or "clip_text"."""
+    columns: list[str]
+    """Names of the predicted columns: VDVAE layers or CLIP tokens."""
+    shapes: list[list[int]]
+    """Shape of a cell in each of them, e.g. (zdim, r, r) of a layer."""
     rescale: str
     """"train_moments", "test_moments" or "none"."""
-    vdvae: str
-    """"mini" or "imagenet64"."""
-    vdvae_sha256: str
+    source: str
+    """The network whose latents or tokens they are: "mini", "imagenet64" or "ViT-L-14"."""
+    source_sha256: str
     simulated: bool
     """True if the betas are those of the miniature NSD."""
     network: dict
@@ -83,7 +88,9 @@ class Decoder:
         card = DecoderCard(**json.loads((folder / "decoder.json").read_text()))
         scaling = Scaling(**safetensors_numpy.load_file(folder / "scaling.safetensors"))
         if card.regressor == "ridge":
-            files = [folder / f"ridge_layer_{i:02d}.safetensors" for i in range(len(card.layer_shapes))]
+            files = [folder / f"ridge_{name}.safetensors" for name in card.columns]
+            if not files[0].exists():
+                raise FileNotFoundError(f"{folder} holds no weights: fit again with --ridge.weights all (or vdvae)")
             return cls(card, scaling, None, [safetensors_numpy.load_file(file) for file in files], vdvae)
         network = REGRESSORS[card.regressor](len(scaling.betas_mean), len(scaling.latents_mean), **card.network)
         network.load_state_dict(load_file(folder / "network.safetensors"))
@@ -91,14 +98,16 @@ class Decoder:
 
     @property
     def vdvae(self) -> VDVAE:
+        if self.card.kind != "vdvae":
+            raise ValueError(f"this decoder predicts {self.card.kind} tokens, not pictures; use predict")
         if self._vdvae is None:
-            if self.card.vdvae != "mini":
+            if self.card.source != "mini":
                 raise ValueError(
                     "this decoder needs the published VDVAE: load it with nsdray.models.vdvae.load_vdvae(FILE, "
                     "VDVAEConfig.imagenet64()) and pass it as Decoder.load(folder, vdvae=…)"
                 )
             path = weights_path("vdvae")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != self.card.vdvae_sha256:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != self.card.source_sha256:
                 raise ValueError(f"this decoder was fitted to the latents of another VDVAE than {path}; fit it again")
             self._vdvae = load_vdvae(path, VDVAEConfig.mini())
         return self._vdvae
@@ -119,21 +128,13 @@ class Decoder:
         return predict(self.network, x, s.latents_mean, s.latents_std).numpy()
 
     def predict(self, betas: np.ndarray) -> list[np.ndarray]:
-        """Rescaled latents, one float32 (n, zdim, r, r) array per layer. betas: (n, n_voxels) percent signal change."""
+        """Rescaled targets, one float32 array per column: (n, zdim, r, r) of a layer, (n, d) of a token. betas:
+        (n, n_voxels) percent signal change."""
         return self.rescaled(self.raw_predictions(betas))
 
-    def rescaled(self, latents: np.ndarray) -> list[np.ndarray]:
-        """Raw predictions (n, n_targets), rescaled and cut into layers."""
-        s, mode = self.scaling, self.card.rescale
-        if mode == "train_moments":
-            latents = rescale(latents, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
-        elif mode == "test_moments":
-            if len(latents) < 2:
-                raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
-            latents = rescale(latents, *moments(latents), s.latents_mean, s.latents_std)
-        sizes = [int(np.prod(shape)) for shape in self.card.layer_shapes]
-        layers = np.split(latents, np.cumsum(sizes)[:-1], 1)
-        return [z.reshape(len(z), *shape) for z, shape in zip(layers, self.card.layer_shapes)]
+    def rescaled(self, targets: np.ndarray) -> list[np.ndarray]:
+        """Raw predictions (n, n_targets), rescaled and cut into columns."""
+        return rescaled(self.card, self.scaling, targets)
 
     def decode(self, betas: np.ndarray, image_ids: Sequence[int] | None = None, **settings) -> np.ndarray:
         """Stage-1 pictures, uint8 (n, s, s, 3), or (s, s, 3) for betas of one image (n_voxels,).
@@ -146,6 +147,19 @@ class Decoder:
         image_ids = range(len(batch)) if image_ids is None else image_ids
         pictures = decode_pictures(self.vdvae, self.predict(batch), image_ids, **settings)
         return pictures[0] if betas.ndim == 1 else pictures
+
+
+def rescaled(card: DecoderCard, s: Scaling, targets: np.ndarray) -> list[np.ndarray]:
+    """Raw predictions (n, n_targets) with the spread that the card asks for, cut into columns."""
+    if card.rescale == "train_moments":
+        targets = rescale(targets, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
+    elif card.rescale == "test_moments":
+        if len(targets) < 2:
+            raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
+        targets = rescale(targets, *moments(targets), s.latents_mean, s.latents_std)
+    sizes = [int(np.prod(shape)) for shape in card.shapes]
+    columns = np.split(targets, np.cumsum(sizes)[:-1], 1)
+    return [z.reshape(len(z), *shape) for z, shape in zip(columns, card.shapes)]
 
 
 def card_bytes(card: DecoderCard) -> bytes:

@@ -1,17 +1,29 @@
 """Named complete configurations. A new experiment is a recipe, not a flag."""
 from __future__ import annotations
 
-from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, Stage1Config, TargetsConfig
+from dataclasses import replace
+
+from nsdray.config import (
+    ClipConfig,
+    Config,
+    DataConfig,
+    GRUConfig,
+    RidgeConfig,
+    Stage1Config,
+    Stage2Config,
+    TargetsConfig,
+)
 
 
 def mini() -> Config:
     """Ridge and GRU on the miniature NSD (SIMULATED): no download, no GPU, minutes on two cores."""
     return Config(
         recipe="mini",
-        ridge=RidgeConfig(alpha=4_000.0),  # 50,000 scaled to some 1,250 voxels
+        ridge=RidgeConfig(alpha=4_000.0, alpha_vision=4_000.0, alpha_text=4_000.0),  # 50,000 scaled to some 1,250 voxels
         # strong regularisation: only 540 images are fitted to
         gru=GRUConfig(learning_rate=4e-3, weight_decay=2.0, dropout=0.7, batch_size=32, n_epochs=40, patience=8),
         stage1=Stage1Config(deterministic=True),
+        stage2=Stage2Config(sampler="unipc", n_steps=20, guidance=3.0),
     )
 
 
@@ -22,27 +34,44 @@ def _nsd(name: str, model: str, n_layers: int) -> Config:
         n_layers=n_layers,
         data=DataConfig(protocol="nsd37"),
         targets=TargetsConfig(vdvae="imagenet64", n_layers=31),
+        clip=ClipConfig(model="ViT-L-14"),
+        stage2=Stage2Config(model="published", dtype="bfloat16"),
     )
 
 
 def gru_15() -> Config:
-    """The paper's GRU, 15 layers (13,344 latents). Needs NSD and OpenAI's VDVAE checkpoint."""
+    """The paper's GRU, 15 layers (13,344 latents). Needs NSD and the published checkpoints."""
     return _nsd("gru-15", "gru", 15)
 
 
 def gru_31() -> Config:
-    """The paper's GRU, 31 layers (91,168 latents). Needs NSD and OpenAI's VDVAE checkpoint."""
+    """The paper's GRU, 31 layers (91,168 latents). Needs NSD and the published checkpoints."""
     return _nsd("gru-31", "gru", 31)
 
 
 def ridge_15() -> Config:
-    """Ridge, 15 layers, alpha 50,000. Needs NSD and OpenAI's VDVAE checkpoint."""
+    """Ridge, 15 layers, alpha 50,000. Needs NSD and the published checkpoints."""
     return _nsd("ridge-15", "ridge", 15)
 
 
 def ridge_31() -> Config:
-    """Ridge, 31 layers, alpha 50,000 (Brain-Diffuser's first stage). Needs NSD and OpenAI's VDVAE checkpoint."""
+    """Ridge, 31 layers, alpha 50,000 (Brain-Diffuser's first stage). Needs NSD and the published checkpoints."""
     return _nsd("ridge-31", "ridge", 31)
 
 
-RECIPES = {"mini": mini, "gru-15": gru_15, "gru-31": gru_31, "ridge-15": ridge_15, "ridge-31": ridge_31}
+def brain_diffuser() -> Config:
+    """Brain-Diffuser's own settings, for parity: ridge with its code's alphas, 31 layers, its noise offset, and predictions
+    rescaled by the test set's moments (which looks at the whole test set). Needs NSD and the published checkpoints."""
+    config = ridge_31()
+    ridge = RidgeConfig(alpha_vision=60_000.0, alpha_text=100_000.0, rescale="test_moments")
+    return replace(config, recipe="brain-diffuser", ridge=ridge, stage2=replace(config.stage2, reference_offset=True))
+
+
+RECIPES = {
+    "mini": mini,
+    "gru-15": gru_15,
+    "gru-31": gru_31,
+    "ridge-15": ridge_15,
+    "ridge-31": ridge_31,
+    "brain-diffuser": brain_diffuser,
+}

@@ -15,17 +15,25 @@ from typing import Any
 import numpy as np
 
 from nsdray.config import Config, digest
-from nsdray.mini import weights_path
+from nsdray.mini import VERSATILE_DIFFUSION, weights_path
+from nsdray.models.checkpoint import weights_file
+from nsdray.models.clip import CLIPConfig, published_checkpoint
 from nsdray.models.vdvae import VDVAEConfig
 from nsdray.nsd.betas import session_shape
 from nsdray.nsd.design import Trials, protocol_sessions, trials
-from nsdray.nsd.layout import NSDLayout
+from nsdray.nsd.layout import CAPTION_SPLITS, NSDLayout
 from nsdray.nsd.rois import Voxels, load_voxels
 from nsdray.nsd.simulate import simulate_nsd
 from nsdray.store import Inputs, Stage, Store, resolve_root, subject_folder
 
 PUBLISHED_VDVAE = "imagenet64-iter-1600000-model-ema.th"
+PUBLISHED_DIFFUSION = "versatile-diffusion"
 VDVAE_CONFIGS = {"mini": VDVAEConfig.mini, "imagenet64": VDVAEConfig.imagenet64}
+CLIP_CONFIGS = {"mini": CLIPConfig.mini, "ViT-L-14": CLIPConfig.published}
+KINDS = ("vdvae", "clip_vision", "clip_text")
+"""Kinds of regression targets."""
+ROWS_PER_PICTURES = 64
+"""Test images per shard of pictures: the unit that a replica works on and that a restart may lose."""
 
 
 def file_digest(path: Path) -> str:
@@ -44,6 +52,26 @@ def file_size(path: Path) -> int:
 def layer_name(layer: int) -> str:
     """Column of a VDVAE layer: "layer_07" for 7."""
     return f"layer_{layer:02d}"
+
+
+def token_names(n_tokens: int) -> list[str]:
+    """Columns of CLIP tokens: "token_000" … of 257, "token_00" … of 77."""
+    return [f"token_{i:0{len(str(n_tokens - 1))}d}" for i in range(n_tokens)]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A regressor and what it predicts."""
+
+    regressor: str
+    """"ridge" or a network's name."""
+    kind: str
+    """One of KINDS."""
+
+
+def without(settings: Any, *names: str) -> dict[str, Any]:
+    """Fields of a settings dataclass but for some that do not alter results."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in names}
 
 
 class Plan:
@@ -90,6 +118,74 @@ class Plan:
         return file_digest(self.vdvae_checkpoint)
 
     @cached_property
+    def clip_checkpoint(self) -> Path:
+        """CLIP's weight file; FileNotFoundError says where to get it."""
+        clip = self.config.clip
+        if clip.checkpoint is None:
+            return weights_path("clip") if clip.model == "mini" else published_checkpoint()
+        path = Path(clip.checkpoint).expanduser().resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; --clip.checkpoint names CLIP's weight file")
+        return path
+
+    @cached_property
+    def clip_sha256(self) -> str:
+        return file_digest(self.clip_checkpoint)
+
+    @cached_property
+    def diffusion_folder(self) -> Path:
+        """Versatile Diffusion's folder; FileNotFoundError says where to get it."""
+        stage2 = self.config.stage2
+        if stage2.folder is not None:
+            path = Path(stage2.folder).expanduser().resolve()
+        else:
+            path = VERSATILE_DIFFUSION if stage2.model == "mini" else self._local_home() / "checkpoints" / PUBLISHED_DIFFUSION
+        if not (path / "image_unet").is_dir():
+            raise FileNotFoundError(
+                f"{path} is not there. Stage 2 needs the folders image_unet, text_unet, vae and scheduler of "
+                "shi-labs/versatile-diffusion (Hugging Face hub). Put them there, or say --stage2.folder FOLDER. "
+                "Without them: --stage2.model none."
+            )
+        return path
+
+    @cached_property
+    def diffusion_sha256(self) -> str:
+        """Of all weights and configurations that are read."""
+        names = [f"{part}/config.json" for part in ("image_unet", "vae")] + ["scheduler/scheduler_config.json"]
+        files = [self.diffusion_folder / name for name in names]
+        files += [weights_file(self.diffusion_folder / part) for part in ("image_unet", "text_unet", "vae")]
+        return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+
+    @property
+    def has_stage2(self) -> bool:
+        return self.config.stage2.model != "none"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of targets that this configuration needs."""
+        context = self.config.stage2.context if self.has_stage2 else None
+        needed = {"vdvae": True, "clip_vision": context in ("both", "vision"), "clip_text": context in ("both", "text")}
+        return tuple(kind for kind in KINDS if needed[kind])
+
+    @property
+    def fits(self) -> list[Fit]:
+        """All regressions, for each subject: the models to the VDVAE's latents, ridge to CLIP's tokens."""
+        return [Fit(model, "vdvae") for model in self.config.models] + [Fit("ridge", kind) for kind in self.kinds[1:]]
+
+    def columns(self, kind: str) -> list[str]:
+        """Target columns that are predicted."""
+        if kind == "vdvae":
+            return [layer_name(i) for i in range(self.config.n_layers)]
+        clip = CLIP_CONFIGS[self.config.clip.model]()
+        return token_names(clip.n_vision_tokens if kind == "clip_vision" else clip.n_text_tokens)
+
+    def shapes(self, kind: str) -> list[tuple[int, ...]]:
+        """Shape of a cell in each of these columns."""
+        if kind == "vdvae":
+            return list(VDVAE_CONFIGS[self.config.targets.vdvae]().layer_shapes[: self.config.n_layers])
+        return [(CLIP_CONFIGS[self.config.clip.model]().embed_dim,)] * len(self.columns(kind))
+
+    @cached_property
     def betas(self) -> Stage:
         data = self.config.data
         design = {"expdesign_bytes": file_size(self.layout.expdesign)}
@@ -101,47 +197,78 @@ class Plan:
         data = self.config.data
         return self._stage("samples", betas=self.betas.hash, protocol=data.protocol, rows_per_part=data.rows_per_part)
 
-    @cached_property
-    def targets(self) -> Stage:
-        """VDVAE latents, rows as in the samples."""
-        settings = {k: v for k, v in dataclasses.asdict(self.config.targets).items() if k not in ("checkpoint", "batch_size")}
-        return self._stage(
-            "targets/vdvae", rows_per_part=self.config.data.rows_per_part, sha256=self.vdvae_sha256, **settings
-        )
+    def targets(self, kind: str = "vdvae") -> Stage:
+        """Regression targets, rows as in the samples."""
+        rows, config = self.config.data.rows_per_part, self.config
+        if kind == "vdvae":
+            settings = without(config.targets, "checkpoint", "batch_size")
+            return self._stage("targets/vdvae", rows_per_part=rows, sha256=self.vdvae_sha256, **settings)
+        settings = without(config.clip, "checkpoint", "batch_size")
+        return self._stage(f"targets/{kind}", rows_per_part=rows, sha256=self.clip_sha256, **settings)
 
-    @cached_property
-    def truth(self) -> Stage:
-        """Pictures from the true latents: the ceiling of stage 1."""
-        return self._stage("reconstructions/true-latents", targets=self.targets.hash, **self._stage1_settings())
-
-    def model(self, name: str) -> Stage:
+    def model(self, fit: Fit) -> Stage:
         """Fitted models of one regressor, ready to decode."""
         config = self.config
-        settings: dict[str, Any] = config.settings(name) | {"n_layers": config.n_layers, "seed": config.seed}
-        if name != "ridge":
+        settings: dict[str, Any] = config.settings(fit.regressor) | {"seed": config.seed, "columns": len(self.columns(fit.kind))}
+        if fit.regressor == "ridge":
+            alphas = {"vdvae": "alpha", "clip_vision": "alpha_vision", "clip_text": "alpha_text"}
+            weights = settings["weights"] == "all" or settings["weights"] == fit.kind
+            settings = {k: v for k, v in settings.items() if not k.startswith("alpha")}
+            settings |= {"alpha": getattr(config.ridge, alphas[fit.kind]), "weights": weights}
+        else:
             settings["n_train_workers"] = config.cluster.n_train_workers  # batch statistics and dropout are per worker
             del settings["checkpoint_every"]
-        return self._model_stage("models", name, settings=settings, samples=self.samples.hash, targets=self.targets.hash)
+        targets = self.targets(fit.kind).hash
+        return self._stage(f"models/{self.label(fit)}", settings=settings, samples=self.samples.hash, targets=targets)
 
-    def predictions(self, name: str) -> Stage:
-        """Predicted latents of the test images."""
-        return self._model_stage("predictions", name, model=self.model(name).hash)
+    def label(self, fit: Fit) -> str:
+        """"ridge-15" for 15 VDVAE layers, "ridge-clip_text" for tokens."""
+        return f"{fit.regressor}-{self.config.n_layers if fit.kind == 'vdvae' else fit.kind}"
 
-    def reconstructions(self, name: str) -> Stage:
-        """Decoded pictures of the test images."""
-        return self._model_stage(
-            "reconstructions", name, predictions=self.predictions(name).hash, **self._stage1_settings()
-        )
+    def predictions(self, fit: Fit) -> Stage:
+        """Predicted targets of the test images."""
+        return self._stage(f"predictions/{self.label(fit)}", model=self.model(fit).hash)
 
-    def metrics(self, name: str) -> Stage:
+    def stage1(self, model: str | None) -> Stage:
+        """Stage-1 pictures of the test images, from a model's latents; None: from the true ones, the ceiling of stage 1."""
+        source = self.predictions(Fit(model, "vdvae")).hash if model else self.targets().hash
+        settings = dataclasses.asdict(self.config.stage1) | {"n_layers": self.config.n_layers}
+        return self._stage(f"reconstructions/stage1-{self._source(model)}", source=source, **settings)
+
+    def stage2(self, model: str | None) -> Stage:
+        """Stage-2 pictures of the test images, from a model's stage-1 pictures and the tokens that ridge predicts; None: from
+        true latents and true tokens, the ceiling of stage 2."""
+        settings = without(self.config.stage2, "folder", "batch_size") | {"sha256": self.diffusion_sha256}
+        if self.config.stage2.start == "stage1":
+            settings["stage1"] = self.stage1(model).hash
+        for kind in self.kinds[1:]:
+            settings[kind] = (self.predictions(Fit("ridge", kind)) if model else self.targets(kind)).hash
+        return self._stage(f"reconstructions/stage2-{self._source(model)}", **settings)
+
+    def _source(self, model: str | None) -> str:
+        return f"{model}-{self.config.n_layers}" if model else "truth"
+
+    @property
+    def picture_stages(self) -> list[str]:
+        """Methods of this class that give a stage of pictures."""
+        return ["stage1", "stage2"] if self.has_stage2 else ["stage1"]
+
+    def features(self, pictures: Stage | None) -> Stage:
+        """CLIP's image embeddings of a stage of pictures; None: of the stimuli."""
+        name, source = (pictures.name.removeprefix("reconstructions/"), pictures.hash) if pictures else ("seen", "stimuli")
+        settings = without(self.config.clip, "checkpoint", "batch_size") | {"sha256": self.clip_sha256}
+        return self._stage(f"features/{name}", pictures=source, **settings)
+
+    def metrics(self, model: str) -> Stage:
         """Scores of the test images."""
-        return self._model_stage(
-            "metrics", name, truth=self.truth.hash, reconstructions=self.reconstructions(name).hash
-        )
+        stages = [getattr(self, name)(source) for name in self.picture_stages for source in (model, None)]
+        if self.has_stage2:
+            stages = [self.features(stage) for stage in stages]
+        return self._stage(f"metrics/{self._source(model)}", pictures=[stage.hash for stage in stages])
 
     def tracked(self, name: str) -> Stage:
         """What has been written to MLflow."""
-        return self._model_stage("runs", name, metrics=self.metrics(name).hash)
+        return self._stage(f"runs/{self._source(name)}", metrics=self.metrics(name).hash)
 
     @cached_property
     def report(self) -> Stage:
@@ -158,12 +285,6 @@ class Plan:
         """Files of the report."""
         inputs = {"subjects": digest([subject.inputs for subject in self.subjects])}
         return {"table.txt": inputs} | {f"subject{subject.subject:02d}.png": inputs for subject in self.subjects}
-
-    def _stage1_settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.config.stage1) | {"n_layers": self.config.n_layers}
-
-    def _model_stage(self, kind: str, regressor: str, **config: Any) -> Stage:
-        return self._stage(f"{kind}/{regressor}-{self.config.n_layers}", **config)
 
     def _stage(self, name: str, **config: Any) -> Stage:
         simulated = self.layout.root.name if self.is_simulated else False  # the name tells the simulation's settings
@@ -242,10 +363,32 @@ class SubjectPlan:
         """Partition of the targets: a subject's own training images; test images once for all who saw the same."""
         return self.samples("train") if split == "train" else f"test-{digest(self.image_ids('test').tolist())}"
 
-    def targets_wanted(self, split: str) -> dict[str, Inputs]:
-        """Shards of the targets."""
-        stimuli = {"stimuli_bytes": self.inputs["stimuli_bytes"]}
-        return {part.name: stimuli | {"images": digest(part.image_ids.tolist())} for part in self.parts(split)}
+    def targets_wanted(self, split: str, kind: str = "vdvae") -> dict[str, Inputs]:
+        """Shards of the targets: of what the pictures (or the captions) are, and of which."""
+        source = self._captions if kind == "clip_text" else {"stimuli_bytes": self.inputs["stimuli_bytes"]}
+        return {part.name: source | {"images": digest(part.image_ids.tolist())} for part in self.parts(split)}
+
+    @cached_property
+    def _captions(self) -> Inputs:
+        layout = self.plan.layout
+        files = {split: layout.captions(split) for split in CAPTION_SPLITS}
+        sizes = {f"captions_{split}_bytes": path.stat().st_size for split, path in files.items() if path.is_file()}
+        return {"stim_info_bytes": file_size(layout.stim_info)} | sizes
+
+    def pictures(self, model: str | None) -> tuple[str, dict[str, Inputs]]:
+        """Partition and shards of a model's pictures; model None: of those from the truth, shared by all who saw the same.
+
+        Shards are small, so that many replicas have work to do.
+        """
+        ids = self.image_ids("test")
+        source = self.inputs if model else {"stimuli_bytes": self.inputs["stimuli_bytes"]} | self._truth
+        wanted = {part.name: source for part in Part.split(ids, ROWS_PER_PICTURES)}
+        return (self.folder if model else self.targets("test")), wanted
+
+    @property
+    def _truth(self) -> Inputs:
+        captions = self._captions if "clip_text" in self.plan.kinds else {}
+        return captions | {"images": digest(self.image_ids("test").tolist())}
 
     def run_key(self, model: str) -> str:
         """What MLflow's run of this subject and model is found by."""

@@ -31,6 +31,12 @@ from nsdray.recipes import RECIPES
         (lambda: GRUConfig(dropout=1.0), "gru.dropout is 1.0"),
         (lambda: GRUConfig(patience=0), "gru.patience is 0"),
         (lambda: SimulationConfig(noise_ceiling=0), "simulation.noise_ceiling is 0"),
+        (lambda: RidgeConfig(alpha_text=-1), "ridge.alpha_text is -1"),
+        (lambda: ClipConfig(batch_size=0), "clip.batch_size is 0"),
+        (lambda: Stage2Config(strength=1.2), "stage2.strength is 1.2"),
+        (lambda: Stage2Config(mixing=-0.1), "stage2.mixing is -0.1"),
+        (lambda: Stage2Config(start="noise"), "wants --stage2.strength 1, but it is 0.75"),
+        (lambda: Config(stage2=Stage2Config(model="published")), "stage2.model is published, but clip.model is mini"),
         (lambda: ClusterConfig(n_train_workers=0), "cluster.n_train_workers is 0"),
     ],
 )
@@ -44,6 +50,11 @@ def test_recipes():
     assert all(config.recipe == name for name, config in configs.items())
     assert configs["ridge-31"].n_layers == 31 and configs["ridge-31"].ridge.alpha == 50_000
     assert configs["gru-15"].data.protocol == "nsd37" and configs["gru-15"].gru.hidden == 100
+    paper, parity = configs["ridge-31"], configs["brain-diffuser"]
+    assert (paper.stage2.n_steps, paper.stage2.strength, paper.stage2.guidance, paper.stage2.mixing) == (50, 0.75, 7.5, 0.4)
+    assert (paper.ridge.alpha_vision, paper.ridge.alpha_text) == (50_000, 50_000)
+    assert (parity.ridge.alpha, parity.ridge.alpha_vision, parity.ridge.alpha_text) == (50_000, 60_000, 100_000)
+    assert parity.stage2.reference_offset and parity.ridge.rescale == "test_moments" and not paper.stage2.reference_offset
     assert configs["mini"].data.nsd_root is None and configs["mini"].targets.vdvae == "mini"
 
 

@@ -15,6 +15,7 @@ CHECKOUT = Path(__file__).parent.parent
 SMALL = """
     mini --data.subjects 1 --n-layers 3 --targets.n-layers 3 --simulation.n-train 96 --simulation.n-test 12
     --simulation.n-sessions 3 --gru.hidden 8 --gru.n-epochs 6 --gru.checkpoint-every 2 --data.rows-per-part 64
+    --stage2.n-steps 4 --stage2.batch-size 6
 """.split()
 
 
@@ -30,11 +31,11 @@ def finish(process: subprocess.Popen) -> str:
     return f"{process.returncode}\n{output}"
 
 
-@pytest.mark.parametrize("job", ["train_all_subjects", "prepare_betas", "extract_targets"])
+@pytest.mark.parametrize("job", ["train_all_subjects", "prepare_betas", "extract_targets", "reconstruct_test_set"])
 def test_help_teaches(job):
     output = finish(start(job, "--help"))
     assert output.startswith("0") and f"python jobs/{job}.py" in output
-    assert all(recipe in output for recipe in ("mini", "gru-15", "gru-31", "ridge-15", "ridge-31"))
+    assert all(recipe in output for recipe in ("mini", "gru-15", "gru-31", "ridge-15", "ridge-31", "brain-diffuser"))
 
 
 def test_help_of_a_recipe_explains_every_field():
@@ -65,7 +66,7 @@ def test_killed_again_and_again_it_ends_with_the_same_scores(tmp_path):
     undisturbed = finish(start("train_all_subjects", *SMALL, "--store.root", str(tmp_path / "a")))
     assert undisturbed.startswith("0"), undisturbed
     root = tmp_path / "b"
-    for sign in ("miniature-nsd-*/nsddata", "targets/*", "training/*/checkpoint_*", "reconstructions/*"):
+    for sign in ("miniature-nsd-*/nsddata", "targets/*", "training/*/checkpoint_*", "reconstructions/stage1-*", "reconstructions/stage2-*/*/*"):
         process = start("train_all_subjects", *SMALL, "--store.root", str(root), start_new_session=True)
         deadline = time.monotonic() + 200
         while not list(root.glob(sign)) and process.poll() is None and time.monotonic() < deadline:

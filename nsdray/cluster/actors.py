@@ -1,16 +1,17 @@
-"""VDVAE replicas held by Ray actors, and the pool that keeps them busy.
+"""Model replicas held by Ray actors, and the pool that keeps them busy.
 
-A replica reads a part, computes, and writes a shard; the driver only hands out names. A replica that dies is started again
-by Ray and its part is done anew; since parts and batches are fixed, the result does not depend on who did it.
+A replica reads a shard, computes, and writes a shard; the driver only hands out names. A replica that dies is started again
+by Ray and its shard is done anew; since shards and batches are fixed, the result does not depend on who did it.
 """
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -18,82 +19,182 @@ import torch
 from tqdm import tqdm
 
 from nsdray.config import ClusterConfig, Config
-from nsdray.generators.stage1 import decode_pictures, to_png
+from nsdray.generators.stage1 import decode_pictures, from_png, to_png
+from nsdray.generators.stage2 import refine_pictures
+from nsdray.models.clip import CLIP, load_clip
 from nsdray.models.vdvae import VDVAE, VDVAEConfig, load_vdvae
+from nsdray.nsd.captions import load_captions
+from nsdray.nsd.layout import NSDLayout
 from nsdray.nsd.stimuli import Stimuli
-from nsdray.stages import VDVAE_CONFIGS, Part, Plan, layer_name
+from nsdray.stages import CLIP_CONFIGS, VDVAE_CONFIGS, Part, Plan, layer_name, token_names
 from nsdray.store import Inputs, Stage, table, view_column
+from nsdray.targets.clip_tokens import text_tokens, unconditional_tokens, vision_tokens
 from nsdray.targets.vdvae_latents import vdvae_latents
 
+if TYPE_CHECKING:  # importing diffusers takes seconds
+    from nsdray.models.versatile_diffusion import VersatileDiffusion
 
-class VDVAEReplica:
-    """One loaded VDVAE."""
+Rows = tuple[Stage, str, list[str]]
+"""Where the targets of some test images lie: a stage, a partition, and the shards that hold them together, in order."""
 
-    def __init__(self, config: Config, checkpoint: Path, stimuli: Path):
-        self.config, self.checkpoint, self.stimuli = config, checkpoint, stimuli
+
+class Replica:
+    """The models of a configuration, each loaded by the first call that needs it, so that a bad checkpoint is that call's
+    error."""
+
+    def __init__(self, config: Config, layout: NSDLayout, vdvae: Path, clip: Path | None, diffusion: Path | None):
+        self.config, self.layout = config, layout
+        self.paths = {"vdvae": vdvae, "clip": clip, "diffusion": diffusion}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
     def vdvae(self) -> VDVAE:
-        """Loaded by the first call, so that a bad checkpoint is that call's error."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_vdvae(self.checkpoint, VDVAE_CONFIGS[self.config.targets.vdvae](), device)
+        return load_vdvae(self.paths["vdvae"], VDVAE_CONFIGS[self.config.targets.vdvae](), self.device)
 
     @cached_property
-    def batch_size(self) -> int:
-        """Images per forward pass: as configured, or what fits into half of this replica's share of the memory."""
-        if self.config.targets.batch_size is not None:
-            return self.config.targets.batch_size
-        if self.vdvae.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(0).total_memory * min(1.0, self.config.cluster.gpus_per_replica)
-        else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
-        return fitting_batch_size(self.vdvae.config, memory)
+    def clip(self) -> CLIP:
+        return load_clip(self.paths["clip"], CLIP_CONFIGS[self.config.clip.model](), self.device)
 
-    def precision(self) -> torch.autocast:
-        """Autocast to bfloat16, if so configured."""
-        return torch.autocast(self.vdvae.device.type, torch.bfloat16, enabled=self.config.targets.dtype == "bfloat16")
+    @cached_property
+    def diffusion(self) -> VersatileDiffusion:
+        from nsdray.models.versatile_diffusion import load_versatile_diffusion
 
-    def extract(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
-        """Encode the pictures of a part and write its targets."""
+        return load_versatile_diffusion(self.paths["diffusion"], self.device, getattr(torch, self.config.stage2.dtype))
+
+    @cached_property
+    def unconditional(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens that guidance steers away from, computed once."""
+        with self.precision(self.config.clip.dtype):
+            tokens = unconditional_tokens(self.clip)
+        del self.clip  # it is not needed again, and Versatile Diffusion wants the memory
+        return tokens
+
+    @property
+    def memory(self) -> float:
+        """Bytes of this replica's share of the machine."""
+        if self.device == "cuda":
+            return torch.cuda.get_device_properties(0).total_memory * min(1.0, self.config.cluster.gpus_per_replica)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
+
+    def precision(self, dtype: str) -> AbstractContextManager:
+        """Autocast to bfloat16, if that is the dtype."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def vdvae_batch(self) -> int:
+        """Images per pass through the VDVAE: as configured, or what fits."""
+        return self.config.targets.batch_size or fitting_batch_size(vdvae_bytes(self.vdvae.config), self.memory)
+
+    def diffusion_batch(self) -> int:
+        """Pictures per pass through Versatile Diffusion: as configured, or what fits beside its weights."""
+        model = self.diffusion
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        free = max(0.0, self.memory - 2 * weights)
+        return self.config.stage2.batch_size or fitting_batch_size(diffusion_bytes(model), free, most=32)
+
+    def extract_vdvae(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
+        """Encode the pictures of a part by the VDVAE and write its latents."""
         settings = self.config.targets
-        with Stimuli(self.stimuli) as stimuli:
-            pictures = stimuli.read(part.image_ids)
-        with self.precision():
-            layers = vdvae_latents(
-                self.vdvae, pictures, part.image_ids, settings.n_layers, settings.latents, settings.seed, self.batch_size
-            )
+        with self.precision(settings.dtype):
+            layers = vdvae_latents(self.vdvae, self._seen(part), part.image_ids, settings.n_layers, settings.latents,
+                                   settings.seed, self.vdvae_batch())  # fmt: skip
         columns = {"image_id": part.image_ids} | {layer_name(i): z for i, z in enumerate(layers)}
         target.write(partition, part.name, table(columns), inputs)
 
-    def reconstruct(self, source: Stage, source_partition: str, target: Stage, partition: str, part: str,
-                    inputs: Inputs) -> None:  # fmt: skip
-        """Decode the latents of a part of source (targets or predictions) and write its pictures."""
+    def extract_clip_vision(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
+        """CLIP tokens of the pictures of a part."""
+        with self.precision(self.config.clip.dtype):
+            tokens = vision_tokens(self.clip, self._seen(part), self.config.clip.batch_size)
+        write_tokens(target, partition, part, tokens, inputs)
+
+    def extract_clip_text(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
+        """CLIP tokens of the captions of a part's pictures."""
+        captions = load_captions(self.layout, [int(i) for i in part.image_ids])
+        with self.precision(self.config.clip.dtype):
+            tokens = text_tokens(self.clip, captions, self.config.clip.batch_size)
+        write_tokens(target, partition, part, tokens, inputs)
+
+    def _seen(self, part: Part) -> np.ndarray:
+        with Stimuli(self.layout.stimuli) as stimuli:
+            return stimuli.read(part.image_ids)
+
+    def reconstruct_stage1(self, target: Stage, partition: str, part: Part, inputs: Inputs, latents: Rows) -> None:
+        """Decode the latents of a part's images and write the pictures."""
         stage1, columns = self.config.stage1, [layer_name(i) for i in range(self.config.n_layers)]
-        data = source.read(source_partition, part, ["image_id", *columns])
-        image_ids = view_column(data, "image_id")
-        latents = [view_column(data, name) for name in columns]
-        with self.precision():
-            pictures = decode_pictures(
-                self.vdvae, latents, image_ids, stage1.seed, stage1.temperature, stage1.deterministic, self.batch_size
-            )
-        seeds = np.full(len(image_ids), stage1.seed, np.int64)
-        pngs = [to_png(picture) for picture in pictures]
-        target.write(partition, part, table({"image_id": image_ids, "stage1": pngs, "seed": seeds}), inputs)
+        cells = read_rows(latents, part.image_ids, columns)
+        with self.precision(self.config.targets.dtype):
+            pictures = decode_pictures(self.vdvae, cells, part.image_ids, stage1.seed, stage1.temperature,
+                                       stage1.deterministic, self.vdvae_batch())  # fmt: skip
+        write_pictures(target, partition, part, "stage1", pictures, stage1.seed, inputs)
+
+    def reconstruct_stage2(self, target: Stage, partition: str, part: Part, inputs: Inputs, stage1: Stage,
+                           vision: Rows | None, text: Rows | None) -> None:  # fmt: skip
+        """Refine the stage-1 pictures of a part under tokens and write the pictures."""
+        s, start = self.config.stage2, None
+        if s.start == "stage1":
+            start = np.stack([from_png(cell.as_py()) for cell in stage1.read(partition, part.name, ["stage1"])["stage1"]])
+        tokens = [rows and np.stack(read_rows(rows, part.image_ids), 1) for rows in (vision, text)]
+        unconditional = self.unconditional
+        pictures = refine_pictures(
+            self.diffusion, start, *tokens, unconditional, part.image_ids, s.seed, self.diffusion_batch(),
+            strength=s.strength, guidance=s.guidance, mixing=s.mixing, n_steps=s.n_steps, sampler=s.sampler,
+            reference_offset=s.reference_offset,
+        )  # fmt: skip
+        write_pictures(target, partition, part, "stage2", pictures, s.seed, inputs)
+
+    def embed(self, target: Stage, partition: str, part: Part, inputs: Inputs, source: Stage | None) -> None:
+        """CLIP's unit-length image embeddings of a part's pictures: those of source, or the stimuli."""
+        if source is None:
+            pictures = self._seen(part)
+        else:
+            name = source.name.split("/")[1].split("-")[0]
+            pictures = np.stack([from_png(cell.as_py()) for cell in source.read(partition, part.name, [name])[name]])
+        with self.precision(self.config.clip.dtype):
+            embeddings = vision_tokens(self.clip, pictures, self.config.clip.batch_size)[:, 0]
+        target.write(partition, part.name, table({"image_id": part.image_ids, "clip": embeddings}), inputs)
+
+
+def write_tokens(target: Stage, partition: str, part: Part, tokens: np.ndarray, inputs: Inputs) -> None:
+    """Write (n, n_tokens, d) tokens, a column each."""
+    columns = dict(zip(token_names(tokens.shape[1]), np.moveaxis(tokens, 1, 0)))
+    target.write(partition, part.name, table({"image_id": part.image_ids} | columns), inputs)
+
+
+def write_pictures(target: Stage, partition: str, part: Part, name: str, pictures: np.ndarray, seed: int, inputs: Inputs) -> None:
+    """Write pictures as PNG."""
+    pngs, seeds = [to_png(picture) for picture in pictures], np.full(len(pictures), seed, np.int64)
+    target.write(partition, part.name, table({"image_id": part.image_ids, name: pngs, "seed": seeds}), inputs)
+
+
+def read_rows(rows: Rows, image_ids: np.ndarray, columns: list[str] | None = None) -> list[np.ndarray]:
+    """The cells of some images, one array (n, …) per column; columns None: all tokens."""
+    stage, partition, shards = rows
+    cells: dict[int, list[np.ndarray]] = {}
+    for shard in shards:
+        data = stage.read(partition, shard, columns and ["image_id", *columns])
+        names = columns or [name for name in data.column_names if name.startswith("token_")]
+        views = [view_column(data, name) for name in names]
+        wanted = {int(i) for i in image_ids} - cells.keys()
+        for row, image_id in enumerate(view_column(data, "image_id")):
+            if int(image_id) in wanted:
+                cells[int(image_id)] = [view[row] for view in views]
+    found = [cells[int(i)] for i in image_ids]
+    return [np.stack(column) for column in zip(*found)]
 
 
 def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], description: str) -> None:
-    """Do calls (method name, arguments) on a pool of VDVAE replicas, in any order."""
+    """Do calls (method name, arguments) on a pool of replicas, in any order."""
     if not calls:
         return
     settings = plan.config.cluster
     n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
-    actor = ray.remote(VDVAEReplica).options(**resources, **retries)
-    arguments = (plan.config, plan.vdvae_checkpoint, plan.layout.stimuli)
+    actor = ray.remote(Replica).options(**resources, **retries)
+    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 else (None, None)
+    arguments = (plan.config, plan.layout, plan.vdvae_checkpoint, clip, diffusion)
     pool = ray.util.ActorPool([actor.remote(*arguments) for _ in range(n_replicas)])
     for call in calls:
         pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), call)
-    with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="part") as progress:
+    with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
         while pool.has_next():
             pool.get_next_unordered()
             progress.update()
@@ -114,12 +215,18 @@ def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int
     return max(1, min(n, n_calls)), resources
 
 
-def fitting_batch_size(vdvae: VDVAEConfig, memory: float, most: int = 64) -> int:
-    """Largest power of two whose activations fit into half of the memory (bytes), at most 64.
+def vdvae_bytes(config: VDVAEConfig) -> int:
+    """Memory of one image in the VDVAE: some 40 maps of width x image_size^2 float32 values at the widest point."""
+    return 40 * 4 * config.width * config.image_size**2
 
-    An image needs some 40 maps of width x image_size^2 float32 values at the widest point.
-    """
-    n_bytes = 40 * 4 * vdvae.width * vdvae.image_size**2
+
+def diffusion_bytes(model: VersatileDiffusion) -> int:
+    """Memory of one picture: the VAE's decoder at full resolution, some 6 maps of its narrowest width."""
+    return 6 * 4 * model.vae.config.block_out_channels[0] * model.image_size**2
+
+
+def fitting_batch_size(n_bytes: int, memory: float, most: int = 64) -> int:
+    """Largest power of two whose images, of n_bytes each, fit into half of the memory (bytes); between 1 and most."""
     return 2 ** min(int(math.log2(most)), max(0, int(math.log2(max(1.0, memory / 2 / n_bytes)))))
 
 

@@ -80,9 +80,9 @@ def read_samples(subject: SubjectPlan, split: str) -> tuple[np.ndarray, np.ndarr
     return tuple(np.concatenate([view_column(part, name) for part in parts]) for name in ("image_id", "betas"))
 
 
-def read_targets(subject: SubjectPlan, split: str, columns: Sequence[str]) -> np.ndarray:
+def read_targets(subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae") -> np.ndarray:
     """Targets of one split, flattened and side by side: float16 (n_samples, n_targets)."""
-    stage, partition = subject.plan.targets, subject.targets(split)
+    stage, partition = subject.plan.targets(kind), subject.targets(split)
     return np.concatenate([_flatten(stage.read(partition, p.name, columns), columns) for p in subject.parts(split)])
 
 
@@ -103,9 +103,9 @@ class Source:
     columns: list[str]
 
     @classmethod
-    def of(cls, subject: SubjectPlan, split: str, columns: Sequence[str]) -> Source:
+    def of(cls, subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae") -> Source:
         plan = subject.plan
-        partitions = subject.samples(split), plan.targets, subject.targets(split)
+        partitions = subject.samples(split), plan.targets(kind), subject.targets(split)
         return cls(plan.samples, *partitions, subject.parts(split), list(columns))
 
 

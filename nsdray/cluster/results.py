@@ -13,16 +13,14 @@ from tqdm import tqdm
 
 from nsdray.cluster import run
 from nsdray.cluster.tracking import start_tracker, tracking_uri
-from nsdray.metrics.table import METRICS, format_table
+from nsdray.metrics.pixel import PIXEL_METRICS
+from nsdray.metrics.table import LATENT_METRICS, format_table
 from nsdray.report import picture_grid
-from nsdray.stages import Plan, SubjectPlan
+from nsdray.stages import Fit, Plan, SubjectPlan
 from nsdray.store import Inputs
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
 N_GRID_IMAGES = 12
-TABLE_COLUMNS = [f"{metric}/matched" for metric in METRICS] + [
-    "pixcorr/chance", "ssim/chance", "pixcorr/ceiling", "ssim/ceiling"
-]  # fmt: skip
 
 
 def train_all_subjects(plan: Plan) -> None:
@@ -39,6 +37,7 @@ def train_all_subjects(plan: Plan) -> None:
         run.fit_models(plan, tracker)
         run.predict_test_sets(plan)
         run.reconstruct_test_sets(plan)
+        run.embed_test_sets(plan)
         run.evaluate_test_sets(plan)
         write_report(plan)
         track_results(plan, tracker)
@@ -49,21 +48,33 @@ def train_all_subjects(plan: Plan) -> None:
 
 
 def mean_scores(subject: SubjectPlan, model: str) -> dict[str, float]:
-    """Mean over test images, by "metric/pairing"."""
+    """Mean over test images, by "stage/metric/pairing"."""
     data = subject.plan.metrics(model).read(subject.folder, "scores.parquet").to_pandas()
-    means = data.groupby(["metric", "pairing"], observed=True)["value"].mean()
-    return {f"{metric}/{pairing}": float(value) for (metric, pairing), value in means.items()}
+    means = data.groupby(["stage", "metric", "pairing"], observed=True)["value"].mean()
+    return {"/".join(key): float(value) for key, value in means.items()}
+
+
+def table_columns(plan: Plan) -> list[str]:
+    """"stage/metric" of the comparison, in order."""
+    semantic = ["clip"] if plan.has_stage2 else []
+    pictures = [f"{stage}/{metric}" for stage in plan.picture_stages for metric in [*PIXEL_METRICS, *semantic]]
+    return [f"latents/{metric}" for metric in LATENT_METRICS] + pictures
 
 
 def score_rows(plan: Plan) -> list[dict[str, object]]:
-    """Rows of the comparison: one per subject and model, and the mean over subjects."""
+    """Rows of the comparison: one per subject and model, the mean over subjects, and the means of wrong pairs and of the
+    pictures from the truth."""
     rows: list[dict[str, object]] = []
-    headings = [name.removesuffix("/matched").replace("/", " ") for name in TABLE_COLUMNS]
+    columns = table_columns(plan)
     for model in plan.config.models:
         scores = {subject.subject: mean_scores(subject, model) for subject in plan.subjects}
-        values = {number: [means[name] for name in TABLE_COLUMNS] for number, means in scores.items()}
-        values["mean"] = np.mean(list(values.values()), 0).tolist()
-        rows += [{"model": model, "subject": who} | dict(zip(headings, row)) for who, row in values.items()]
+        everyone = list(scores.values())
+        lines = {number: [own[f"{name}/matched"] for name in columns] for number, own in scores.items()}
+        lines["mean"] = np.mean(list(lines.values()), 0).tolist()
+        for pairing in ("chance", "ceiling"):
+            known = [f"{name}/{pairing}" for name in columns]
+            lines[pairing] = [float(np.mean([own[k] for own in everyone])) if k in everyone[0] else None for k in known]
+        rows += [{"model": model, "subject": who} | dict(zip(columns, line)) for who, line in lines.items()]
     return rows
 
 
@@ -75,10 +86,13 @@ def report_table(plan: Plan) -> str:
 
 
 def subject_grid(subject: SubjectPlan) -> bytes:
-    """PNG of the first test images: seen | true latents | one column per model."""
+    """PNG of the first test images: seen | each model's stage 1 and stage 2 | stage 2 from the truth."""
     plan, n = subject.plan, N_GRID_IMAGES
-    columns = {"seen": run.seen_pictures(subject, n), "true latents": run.decoded_pictures(subject, None, n)}
-    columns |= {model: run.decoded_pictures(subject, model, n) for model in plan.config.models}
+    columns = {"seen": run.seen_pictures(subject, n)}
+    for model in plan.config.models:
+        for number, stage in enumerate(plan.picture_stages, 1):
+            columns[f"{model}, stage {number}"] = run.decoded_pictures(subject, model, stage, n)
+    columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1], n)
     source = "SIMULATED brain data" if plan.is_simulated else "NSD"
     grid = picture_grid(columns, f"subject {subject.subject}, {plan.config.n_layers} layers, {source}", n_columns_side=2)
     buffer = io.BytesIO()
@@ -145,12 +159,12 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def track_results(plan: Plan, tracker: Any) -> None:
     """Log scores, curves, checkpoints and grids of everything that is not in MLflow yet."""
-    means = {f"{row['model']}_{name.replace(' ', '_')}": value for row in score_rows(plan) if row["subject"] == "mean"
+    means = {f"{row['model']}_{name.replace('/', '_')}": value for row in score_rows(plan) if row["subject"] == "mean"
              for name, value in row.items() if isinstance(value, float)}  # fmt: skip
     files = {name: report_file(plan, name) for name in plan.report_wanted}
     ray.get(tracker.log_result.remote(parent_key(plan), means, {"report": plan.report.uri(plan.report_partition)}, files))
     for subject, model in tqdm(untracked(plan), desc="log to MLflow", unit="run"):
-        key, folder = subject.run_key(model), f"{plan.model(model).folder}/{subject.folder}"
+        key, folder = subject.run_key(model), f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
         sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
         if "history.json" in sizes:
             ray.get(tracker.complete_curves.remote(key, json.loads(plan.store.read_bytes(f"{folder}/history.json"))))

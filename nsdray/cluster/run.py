@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import ridge
-from nsdray.cluster.actors import gather, run_replicas
-from nsdray.cluster.data import read_samples, read_targets, write_samples, write_session, write_voxels
+from nsdray.cluster.actors import Rows, gather, run_replicas
+from nsdray.cluster.data import read_samples, write_samples, write_session, write_voxels
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
-from nsdray.metrics.table import LATENT_METRICS, latent_scores, picture_scores
+from nsdray.metrics.table import LATENT_METRICS, identification_scores, picture_scores
 from nsdray.nsd.stimuli import Stimuli
-from nsdray.stages import Plan, SubjectPlan, layer_name
+from nsdray.stages import KINDS, ROWS_PER_PICTURES, Fit, Part, Plan, SubjectPlan
 from nsdray.store import Inputs, Stage, local_folder, table, view_column
 
 Partition = tuple[Stage, str, dict[str, Inputs]]
@@ -71,10 +72,10 @@ def samples_partitions(plan: Plan) -> list[Partition]:
     return [(plan.samples, s.samples(split), s.wanted(split)) for s in plan.subjects for split in ("train", "test")]
 
 
-def targets_partitions(plan: Plan) -> list[Partition]:
+def targets_partitions(plan: Plan, kind: str) -> list[Partition]:
     """Test images of several subjects are one partition if they are the same."""
     partitions = {
-        s.targets(split): (plan.targets, s.targets(split), s.targets_wanted(split))
+        s.targets(split): (plan.targets(kind), s.targets(split), s.targets_wanted(split, kind))
         for s in plan.subjects
         for split in ("test", "train")
     }
@@ -136,84 +137,120 @@ def prepare_betas(plan: Plan) -> None:
 
 
 def extract_targets(plan: Plan) -> None:
-    """Stimuli to VDVAE latents."""
-    partitions = targets_partitions(plan)
+    """Stimuli to VDVAE latents, stimuli and captions to CLIP tokens."""
+    partitions = [partition for kind in plan.kinds for partition in targets_partitions(plan, kind)]
     missing = begin(partitions)
     calls = {}
-    for subject in plan.subjects:
-        for split in ("test", "train"):
-            partition, wanted = subject.targets(split), subject.targets_wanted(split)
-            for part in subject.parts(split):
-                if part.name in missing[plan.targets.folder, partition]:
-                    calls[partition, part.name] = ("extract", (plan.targets, partition, part, wanted[part.name]))
-    run_replicas(plan, list(calls.values()), "extract latents")
+    for kind in plan.kinds:
+        stage = plan.targets(kind)
+        for subject in plan.subjects:
+            for split in ("test", "train"):
+                partition, wanted = subject.targets(split), subject.targets_wanted(split, kind)
+                for part in subject.parts(split):
+                    if part.name in missing[stage.folder, partition]:
+                        calls[kind, partition, part.name] = (f"extract_{kind}", (stage, partition, part, wanted[part.name]))
+    run_replicas(plan, list(calls.values()), "extract targets")
     finish(partitions)
 
 
 def fit_models(plan: Plan, tracker: Any) -> None:
     """Fit every regressor of every subject. Each marks its own folder as finished, with all its files."""
-    for model in plan.config.models:
-        stage = plan.model(model)
+    ridges: dict[SubjectPlan, list[Fit]] = {subject: [] for subject in plan.subjects}
+    for fit in plan.fits:
+        stage = plan.model(fit)
         stage.claim()
-        subjects = [s for s in plan.subjects if stage.begin(s.folder, {"decoder.json": s.inputs})]
-        if model == "ridge":
-            gather([ridge.fit_ridge(subject) for subject in subjects], "fit ridge", "subject")
+        unfitted = [s for s in plan.subjects if stage.begin(s.folder, {"decoder.json": s.inputs})]
+        if fit.regressor == "ridge":  # its test predictions are made on the way
+            unpredicted = [s for s in plan.subjects if plan.predictions(fit).begin(s.folder, s.wanted())]
+            for subject in plan.subjects:
+                if subject in unfitted or subject in unpredicted:
+                    ridges[subject].append(fit)
         else:
-            train_networks(subjects, model, tracker)
+            train_networks(unfitted, fit, tracker)
+    gather([ref for subject, fits in ridges.items() for ref in ridge.fit_ridge(subject, fits)], "fit ridge", "decoder")
 
 
 @ray.remote(num_cpus=1)
-def predict_subject(subject: SubjectPlan, model: str) -> None:
-    """Decode a subject's test betas to latents, score them before rescaling, and write both."""
-    plan, stage = subject.plan, subject.plan.predictions(model)
-    columns = [layer_name(i) for i in range(plan.config.n_layers)]
-    image_ids, betas = read_samples(subject, "test")
-    with local_folder(plan.model(model), subject.folder) as folder:
+def predict_subject(subject: SubjectPlan, fit: Fit) -> None:
+    """Decode a subject's test betas, score the predictions before rescaling, and write both."""
+    _, betas = read_samples(subject, "test")
+    with local_folder(subject.plan.model(fit), subject.folder) as folder:
         decoder = Decoder.load(folder)
-        latents = decoder.raw_predictions(betas)
-    truth = read_targets(subject, "test", columns)
-    scores = {f"{name}/{pairing}": values for name, pairing, values in latent_scores(truth, latents)}
-    data = {"image_id": image_ids} | scores | dict(zip(columns, decoder.rescaled(latents)))
-    start = 0
-    for part in subject.parts("test"):
-        rows = slice(start, start + len(part.image_ids))
-        stage.write(subject.folder, part.name, table({k: v[rows] for k, v in data.items()}), subject.inputs)
-        start = rows.stop
-
-
-def per_test_set(plan: Plan, stage_of, wanted_of, task, description: str) -> None:
-    """Run task(subject, model) for every subject and model whose partition of stage_of(model) lacks anything."""
-    pairs = [(subject, model) for model in plan.config.models for subject in plan.subjects]
-    partitions = [(stage_of(model), subject.folder, wanted_of(subject)) for subject, model in pairs]
-    missing = begin(partitions)
-    todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
-    gather([task.remote(subject, model) for subject, model in todo], description, "test set")
-    finish(partitions)
+        raw = decoder.raw_predictions(betas)
+    ridge.write_predictions(subject, fit, raw, decoder.rescaled(raw))
 
 
 def predict_test_sets(plan: Plan) -> None:
-    """Predicted latents of every test image, and their errors."""
-    per_test_set(plan, plan.predictions, SubjectPlan.wanted, predict_subject, "predict")
+    """Predicted targets of every test image, and their errors."""
+    pairs = [(subject, fit) for fit in plan.fits for subject in plan.subjects]
+    partitions = [(plan.predictions(fit), subject.folder, subject.wanted()) for subject, fit in pairs]
+    missing = begin(partitions)
+    todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
+    gather([predict_subject.remote(subject, fit) for subject, fit in todo], "predict", "test set")
+    finish(partitions)
+
+
+def picture_partitions(plan: Plan, stage_of: Callable[[str | None], Stage]) -> list[tuple[SubjectPlan, str | None, Partition]]:
+    """Of every model and subject, and of the truth once for all who saw the same."""
+    found = {}
+    for model in (None, *plan.config.models):
+        for subject in plan.subjects:
+            partition, wanted = subject.pictures(model)
+            found[model, partition] = subject, model, (stage_of(model), partition, wanted)
+    return list(found.values())
 
 
 def reconstruct_test_sets(plan: Plan) -> None:
-    """Stage-1 pictures from predicted and from true latents."""
-    sources: dict[tuple[str, str], tuple[Partition, Stage, str]] = {}
+    """Stage-1 pictures from predicted and from true latents, then stage-2 pictures from these and tokens."""
+    reconstruct(plan, plan.stage1, "reconstruct_stage1", lambda s, m: (rows_of(s, m, "vdvae"),), "stage 1")
+    if plan.has_stage2:
+        reconstruct(
+            plan, plan.stage2, "reconstruct_stage2",
+            lambda s, m: (plan.stage1(m), *(rows_of(s, m, k) if k in plan.kinds else None for k in KINDS[1:])), "stage 2",
+        )  # fmt: skip
+
+
+def reconstruct(plan: Plan, stage_of: Callable, method: str, sources: Callable, description: str) -> None:
+    """Make the missing shards of pictures. sources(subject, model): what the replica's method takes beside the shard."""
+    found = picture_partitions(plan, stage_of)
+    missing = begin([partition for _, _, partition in found])
+    calls = []
+    for subject, model, (stage, partition, wanted) in found:
+        for part in Part.split(subject.image_ids("test"), ROWS_PER_PICTURES):
+            if part.name in missing[stage.folder, partition]:
+                calls.append((method, (stage, partition, part, wanted[part.name], *sources(subject, model))))
+    run_replicas(plan, calls, description)
+    finish([partition for _, _, partition in found])
+
+
+def rows_of(subject: SubjectPlan, model: str | None, kind: str) -> Rows:
+    """Where the latents or tokens for a model's pictures lie; tokens are ridge's, whatever the model; None: the truth."""
+    plan, shards = subject.plan, [part.name for part in subject.parts("test")]
+    if model is None:
+        return plan.targets(kind), subject.targets("test"), shards
+    return plan.predictions(Fit(model if kind == "vdvae" else "ridge", kind)), subject.folder, shards
+
+
+def embed_test_sets(plan: Plan) -> None:
+    """CLIP's image embeddings of what was seen and of every picture."""
+    if not plan.has_stage2:
+        return
+    found = {}
     for subject in plan.subjects:
-        true, wanted = subject.targets("test"), subject.targets_wanted("test")
-        sources[plan.truth.folder, true] = (plan.truth, true, wanted), plan.targets, true
-        for model in plan.config.models:
-            target = plan.reconstructions(model), subject.folder, subject.wanted()
-            sources[target[0].folder, subject.folder] = target, plan.predictions(model), subject.folder
-    partitions = [target for target, _, _ in sources.values()]
-    missing = begin(partitions)
+        partition, wanted = subject.pictures(None)
+        found[None, partition] = subject, None, (plan.features(None), partition, wanted)
+    for name in plan.picture_stages:
+        for subject, _, (stage, partition, wanted) in picture_partitions(plan, getattr(plan, name)):
+            found[stage.folder, partition] = subject, stage, (plan.features(stage), partition, wanted)
+    missing = begin([partition for _, _, partition in found.values()])
     calls = [
-        ("reconstruct", (source, source_partition, stage, partition, part, wanted[part]))
-        for (stage, partition, wanted), source, source_partition in sources.values()
-        for part in missing[stage.folder, partition]
+        ("embed", (stage, partition, part, wanted[part.name], source))
+        for subject, source, (stage, partition, wanted) in found.values()
+        for part in Part.split(subject.image_ids("test"), ROWS_PER_PICTURES)
+        if part.name in missing[stage.folder, partition]
     ]
-    run_replicas(plan, calls, "reconstruct")
-    finish(partitions)
+    run_replicas(plan, calls, "embed pictures")
+    finish([partition for _, _, partition in found.values()])
 
 
 def seen_pictures(subject: SubjectPlan, n_images: int | None = None) -> np.ndarray:
@@ -222,33 +259,54 @@ def seen_pictures(subject: SubjectPlan, n_images: int | None = None) -> np.ndarr
         return stimuli.read(subject.image_ids("test")[:n_images])
 
 
-def decoded_pictures(subject: SubjectPlan, model: str | None, n_images: int | None = None) -> np.ndarray:
-    """Stage-1 pictures of the first test images at the stimuli's size; model None: from the true latents."""
+def decoded_pictures(subject: SubjectPlan, model: str | None, stage: str = "stage1", n_images: int | None = None) -> np.ndarray:
+    """Pictures "stage1" or "stage2" of the first test images at the stimuli's size; model None: those from the truth."""
     plan = subject.plan
-    stage, partition = (plan.reconstructions(model), subject.folder) if model else (plan.truth, subject.targets("test"))
-    tables = [stage.read(partition, part.name, ["stage1"]) for part in subject.parts("test")]
-    cells = [cell for data in tables for cell in data["stage1"]][:n_images]
+    source = getattr(plan, stage)(model)
+    partition, wanted = subject.pictures(model)
+    cells = [cell for shard in wanted for cell in source.read(partition, shard, [stage])[stage]][:n_images]
     with Stimuli(plan.layout.stimuli) as stimuli:
         return enlarge(np.stack([from_png(cell.as_py()) for cell in cells]), stimuli.shape)
 
 
+def embeddings(subject: SubjectPlan, pictures: Stage | None, model: str | None) -> np.ndarray:
+    """CLIP's embeddings of the test images' pictures, or of the stimuli, (n, embed_dim)."""
+    partition, wanted = subject.pictures(model)
+    stage = subject.plan.features(pictures)
+    return np.concatenate([view_column(stage.read(partition, shard, ["clip"]), "clip") for shard in wanted])
+
+
 @ray.remote(num_cpus=1)
 def evaluate_subject(subject: SubjectPlan, model: str) -> None:
-    """Score one subject's test set: a row per image, metric and pairing."""
+    """Score one subject's test set: a row per image, stage, metric and pairing."""
     plan, image_ids = subject.plan, subject.image_ids("test")
     names = [f"{metric}/{pairing}" for metric in LATENT_METRICS for pairing in ("matched", "chance")]
-    latents = [plan.predictions(model).read(subject.folder, part.name, names) for part in subject.parts("test")]
-    scores = [(*name.split("/"), np.concatenate([view_column(part, name) for part in latents])) for name in names]
-    scores += picture_scores(seen_pictures(subject), decoded_pictures(subject, model), decoded_pictures(subject, None))
+    predictions = plan.predictions(Fit(model, "vdvae"))
+    latents = [predictions.read(subject.folder, part.name, names) for part in subject.parts("test")]
+    scores = [("latents", *name.split("/"), np.concatenate([view_column(part, name) for part in latents])) for name in names]
+    seen = seen_pictures(subject)
+    for stage in plan.picture_stages:
+        pictures = [decoded_pictures(subject, source, stage) for source in (model, None)]
+        scores += [(stage, *score) for score in picture_scores(seen, *pictures)]
+        if plan.has_stage2:
+            pictures_of = getattr(plan, stage)
+            features = [embeddings(subject, None, None)] + [embeddings(subject, pictures_of(m), m) for m in (model, None)]
+            scores += [(stage, *score) for score in identification_scores(*features)]
     columns = {
         "image_id": np.concatenate([image_ids for _ in scores]),
-        "metric": [name for name, _, values in scores for _ in values],
-        "pairing": [pairing for _, pairing, values in scores for _ in values],
-        "value": np.concatenate([values for _, _, values in scores]),
+        "stage": [stage for stage, _, _, values in scores for _ in values],
+        "metric": [metric for _, metric, _, values in scores for _ in values],
+        "pairing": [pairing for _, _, pairing, values in scores for _ in values],
+        "value": np.concatenate([values for *_, values in scores]),
     }
     plan.metrics(model).write(subject.folder, "scores.parquet", table(columns), subject.inputs)
 
 
 def evaluate_test_sets(plan: Plan) -> None:
     """Score every test set."""
-    per_test_set(plan, plan.metrics, lambda s: {"scores.parquet": s.inputs}, evaluate_subject, "evaluate")
+    pairs = [(subject, model) for model in plan.config.models for subject in plan.subjects]
+    partitions = [(plan.metrics(model), subject.folder, {"scores.parquet": subject.inputs}) for subject, model in pairs]
+    missing = begin(partitions)
+    todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
+    gather([evaluate_subject.remote(subject, model) for subject, model in todo], "evaluate", "test set")
+    finish(partitions)

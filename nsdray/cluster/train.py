@@ -29,7 +29,7 @@ from nsdray.decoder import Scaling
 from nsdray.regressors import REGRESSORS
 from nsdray.regressors.scaling import Moments, moments, zscore
 from nsdray.seeds import derive
-from nsdray.stages import SubjectPlan, layer_name
+from nsdray.stages import Fit, SubjectPlan
 from nsdray.store import Store
 from nsdray.training import predict, train
 
@@ -85,19 +85,18 @@ def validation_images(subject: SubjectPlan, fraction: float) -> np.ndarray:
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
     """What one Ray Train worker does: fit the network; the first one writes the decoder."""
-    subject, model_name = arguments["subject"], arguments["model"]
-    config, settings = subject.plan.config, subject.plan.config.settings(arguments["model"])
+    subject, fit = arguments["subject"], arguments["fit"]
+    config, settings = subject.plan.config, subject.plan.config.settings(fit.regressor)
     context = RayContext()
-    columns = [layer_name(i) for i in range(config.n_layers)]
     held_out = validation_images(subject, settings["validation_fraction"])
-    source = Source.of(subject, "train", columns)
+    source = Source.of(subject, "train", subject.plan.columns(fit.kind), fit.kind)
     betas_moments, latents_moments, val_betas, val_latents = scan(source, held_out)
     (betas_mean, betas_std), (latents_mean, latents_std) = ((m.mean, m.std) for m in (betas_moments, latents_moments))
     val_betas, val_latents = torch.from_numpy(zscore(val_betas, betas_mean, betas_std)), torch.from_numpy(val_latents)
 
     torch.manual_seed(derive(config.seed, "initial weights", subject.subject))
     network_arguments = {name: settings[name] for name in ("hidden", "dropout")}
-    network = REGRESSORS[model_name](len(betas_mean), len(latents_mean), **network_arguments)
+    network = REGRESSORS[fit.regressor](len(betas_mean), len(latents_mean), **network_arguments)
     stream = TrainingStream(source, held_out, settings["batch_size"], settings["n_epochs"],
                             config.seed, context.rank, context.world_size)  # fmt: skip
     scale = torch.from_numpy(betas_mean), torch.from_numpy(betas_std)
@@ -117,11 +116,12 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
         predictions_mean, predictions_std = moments(predict(network, val_betas, latents_mean, latents_std).numpy())
         scaling = Scaling(subject.voxels.index, betas_mean, betas_std, latents_mean, latents_std, predictions_mean,
                           predictions_std)  # fmt: skip
-        folder = f"{subject.plan.model(model_name).folder}/{subject.folder}"
+        stage = subject.plan.model(fit)
+        folder = f"{stage.folder}/{subject.folder}"
         weights = save({name: value.contiguous() for name, value in result["state"].items()})
         subject.plan.store.write_bytes(f"{folder}/network.safetensors", weights)
         subject.plan.store.write_bytes(f"{folder}/history.json", json.dumps(result["history"], indent=1).encode())
-        finish_decoder(subject, decoder_card(subject, model_name, settings["rescale"], network_arguments), scaling)
+        finish_decoder(subject, stage, decoder_card(subject, fit, settings["rescale"], network_arguments), scaling)
     return result["history"][result["best_epoch"]] | {"n_epochs_run": len(result["history"])}
 
 
@@ -144,7 +144,7 @@ def standardise(betas: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
     return (betas - mean) * torch.where(std > 0, 1 / std.clamp_min(1e-30), 0)
 
 
-def train_networks(subjects: list[SubjectPlan], model: str, tracker: Any) -> None:
+def train_networks(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> None:
     """Train one network per subject, as many at a time as the cluster has room for, and write their decoders."""
     if not subjects:
         return
@@ -153,26 +153,26 @@ def train_networks(subjects: list[SubjectPlan], model: str, tracker: Any) -> Non
     at_once = parallel_trainings(subjects[0].plan.config.cluster, ray.cluster_resources())
     threads = ThreadPoolExecutor(at_once)
     try:
-        running = {threads.submit(_fit, subject, model, tracker): subject for subject in subjects}
-        with tqdm(total=len(running), desc=f"train {model} ({at_once} at a time)", unit="subject") as progress:
+        running = {threads.submit(_fit, subject, fit, tracker): subject for subject in subjects}
+        with tqdm(total=len(running), desc=f"train {fit.regressor} ({at_once} at a time)", unit="subject") as progress:
             for done in as_completed(running):
                 best = done.result()
                 progress.update()
                 tqdm.write(
-                    f"  subject {running[done].subject}: {model} stopped after {best['n_epochs_run']} epochs, best epoch "
+                    f"  subject {running[done].subject}: {fit.regressor} stopped after {best['n_epochs_run']} epochs, best epoch "
                     f"{best['epoch'] + 1}, validation MSE {best['val_mse']:.4f}, MAE {best['val_mae']:.4f}"
                 )
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _fit(subject: SubjectPlan, model: str, tracker: Any) -> dict[str, float]:
+def _fit(subject: SubjectPlan, fit: Fit, tracker: Any) -> dict[str, float]:
     plan, cluster = subject.plan, subject.plan.config.cluster
-    name = f"{plan.model(model).folder}/{subject.folder}-{digest(subject.inputs)}".replace("/", "_")
+    name = f"{plan.model(fit).folder}/{subject.folder}-{digest(subject.inputs)}".replace("/", "_")
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"subject": subject, "model": model},
+        train_loop_config={"subject": subject, "fit": fit},
         scaling_config=ScalingConfig(
             num_workers=cluster.n_train_workers, use_gpu=bool(n_gpus),
             resources_per_worker={"CPU": cluster.cpus_per_train_worker} | ({"GPU": 1} if n_gpus else {}),
@@ -182,7 +182,7 @@ def _fit(subject: SubjectPlan, model: str, tracker: Any) -> dict[str, float]:
             storage_path=plan.store.uri("training"),
             failure_config=FailureConfig(max_failures=cluster.max_retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[CurveLogger(tracker, subject.run_key(model))],
+            callbacks=[CurveLogger(tracker, subject.run_key(fit.regressor))],
         ),
     )  # fmt: skip
     forget_broken_run(plan.store, f"training/{name}")

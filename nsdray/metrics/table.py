@@ -9,12 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from nsdray.metrics.identification import two_way
 from nsdray.metrics.pixel import PIXEL_METRICS
 from nsdray.seeds import rng
 
 LATENT_METRICS = ("latent_mse", "latent_mae")
-METRICS = (*LATENT_METRICS, *PIXEL_METRICS)
-LOWER_IS_BETTER = frozenset(LATENT_METRICS)
 N_IMAGES_BATCH = 32
 Score = tuple[str, str, np.ndarray]
 """(metric, pairing, values (n,) float64), pairing one of "matched", "chance", "ceiling"."""
@@ -57,11 +56,28 @@ def picture_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) 
         yield name, "ceiling", score(metric, everyone, ceiling)
 
 
+def identification_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
+    """Two-way identification by CLIP's image embeddings (n, embed_dim): as seen, as decoded, and of the ceiling's pictures.
+
+    Chance: 0.5, here of pictures that are paired wrongly.
+    """
+    yield "clip", "matched", two_way(seen, pictures)
+    yield "clip", "chance", np.mean([two_way(seen[other], pictures) for other in wrong_pairings(len(seen))], 0)
+    yield "clip", "ceiling", two_way(seen, ceiling)
+
+
 def format_table(rows: list[dict[str, object]]) -> str:
-    """A text table from dicts with the same keys; floats get three decimals, the first columns are left-aligned."""
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    header = list(rows[0])
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    """A text table from dicts with the same keys; floats get three decimals, None a dash.
+
+    What stands before a "/" in neighbouring keys goes to a line above them, once.
+    """
+    cells = [["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    groups = [key.rpartition("/")[0] for key in rows[0]]
+    header = [key.rpartition("/")[2] for key in rows[0]]
+    above = [group if i == 0 or group != groups[i - 1] else "" for i, group in enumerate(groups)]
+    widths = [max(len(line[i]) for line in [header, above, *cells]) for i in range(len(header))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in [header, *cells]]
     lines.insert(1, "  ".join("-" * w for w in widths))
+    if any(above):
+        lines.insert(0, "  ".join(c.ljust(w) for c, w in zip(above, widths)).rstrip())
     return "\n".join(lines)

@@ -51,17 +51,18 @@ def clip_card(weights: Path, config: CLIPConfig, n_steps: int, batch_size: int, 
     top5 = (np.argsort(-similarity, 0)[:5] == place).any(0).mean()
     return f"""# Mini CLIP
 
-CLIP of the offline default: open_clip's class with a small configuration ({sum(p.numel() for p in clip.parameters()):,} parameters,
-three quarters of them the embedding of the full vocabulary, of which the scenes' captions use some 60 words).
+CLIP of the offline default: open_clip's class with a small configuration ({sum(p.numel() for p in clip.parameters()):,}
+parameters, three quarters of them the embedding of the full vocabulary, of which the scenes' captions use some 60 words).
 {config.image_size} x {config.image_size} pictures give {config.n_vision_tokens} tokens, captions {config.n_text_tokens}, of
 {config.embed_dim} values each. It knows drawn scenes only and stands in for no published model.
 
-- **Made by** `python jobs/train_mini_models.py --only clip --clip-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,} steps of
-  {batch_size} scenes of the stream "training" of `nsdray.nsd.scenes`, each with one of its five captions. Contrastive loss, AdamW,
-  warm-up and cosine decay, averaged weights.
+- **Made by** `python jobs/train_mini_models.py --only clip --clip-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,}
+  steps of {batch_size} scenes of the stream "training" of `nsdray.nsd.scenes`, each with one of its five captions.
+  Contrastive loss, AdamW, warm-up and cosine decay, averaged weights.
 - **Weights**: fp16 safetensors, SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`.
 
-Held-out figures, {n_images} scenes of the stream "card" and one caption each (chance {1 / n_images:.4f}; some captions fit several scenes):
+Held-out figures: {n_images} scenes of the stream "card", one caption each (chance {1 / n_images:.4f}; some captions fit
+several scenes).
 
 | picture to caption, first | caption to picture, first | caption to picture, among the first five |
 |---|---|---|

@@ -26,6 +26,15 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def weights_file(folder: Path) -> Path:
+    """The weight file of a diffusers folder: safetensors, else a PyTorch file, in half precision if there is no other."""
+    names = [f"diffusion_pytorch_model{half}.{kind}" for half in ("", ".fp16") for kind in ("safetensors", "bin")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no weights; expected one of {', '.join(names)}")
+
+
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path, hint: str) -> nn.Module:
     """Give a module (best made on the meta device) these weights, in float32; it is returned in eval mode, without gradients.
 

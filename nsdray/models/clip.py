@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import nn
 
@@ -23,6 +21,7 @@ from nsdray.models.checkpoint import load_strictly, read_weights
 
 PUBLISHED, PRETRAINED = "ViT-L-14-quickgelu", "openai"  # open_clip's plain ViT-L-14 has GELU, which these weights do not fit
 END_OF_TEXT = 49407
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's training pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,9 @@ class CLIPConfig:
     @staticmethod
     def published() -> CLIPConfig:
         """OpenAI's ViT-L/14, the one that Versatile Diffusion was trained with: 257 and 77 tokens of 768."""
-        config = open_clip.get_model_config(PUBLISHED)
-        assert config["quick_gelu"]
-        return CLIPConfig(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+        vision = {"image_size": 224, "patch_size": 14, "width": 1024, "layers": 24}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12}
+        return CLIPConfig(768, vision, text)
 
     @staticmethod
     def mini() -> CLIPConfig:
@@ -64,6 +63,9 @@ class CLIP(nn.Module):
     """An open_clip model (its own parameter names) with token outputs."""
 
     def __init__(self, config: CLIPConfig):
+        import open_clip  # takes seconds, and most who import this module want a configuration only
+        from open_clip.tokenizer import SimpleTokenizer
+
         super().__init__()
         self.config = config
         self.model = open_clip.CLIP(config.embed_dim, config.vision, config.text, quick_gelu=True)
@@ -78,10 +80,7 @@ class CLIP(nn.Module):
         visual, size = self.model.visual, self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"CLIP wants images (n, 3, {size}, {size}) in [0, 1], got {tuple(images.shape)}")
-        mean, std = (
-            torch.tensor(m, device=self.device).view(3, 1, 1)
-            for m in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-        )
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
         x = visual._embeds((images.to(self.device) - mean) / std)
         tokens = visual.ln_post(visual.transformer(x)) @ visual.proj
         return (tokens / tokens[:, :1].norm(dim=-1, keepdim=True)).float()
@@ -114,8 +113,8 @@ def clip_pixels(pictures: np.ndarray, size: int) -> torch.Tensor:
     for picture in pictures:
         height, width = picture.shape[:2]
         if (height, width) != (size, size):
-            scale = size / min(height, width)
-            width, height = max(size, int(width * scale)), max(size, int(height * scale))
+            short = min(height, width)
+            width, height = size * width // short, size * height // short
             left, top = (width - size) // 2, (height - size) // 2
             image = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
             picture = np.asarray(image.crop((left, top, left + size, top + size)))
@@ -125,6 +124,7 @@ def clip_pixels(pictures: np.ndarray, size: int) -> torch.Tensor:
 
 def published_checkpoint() -> Path:
     """OpenAI's weights in open_clip's cache; FileNotFoundError says how to put them there."""
+    import open_clip
     from huggingface_hub import try_to_load_from_cache
 
     repository = open_clip.get_pretrained_cfg(PUBLISHED, PRETRAINED)["hf_hub"].strip("/")

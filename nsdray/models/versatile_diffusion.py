@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from nsdray import seeds as draws
-from nsdray.models.checkpoint import load_strictly, read_weights
+from nsdray.models.checkpoint import load_strictly, read_weights, weights_file
 
 SAMPLERS = {"ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}
 Sampler = Literal["ddim", "unipc", "dpm"]
@@ -222,15 +222,6 @@ def read_json(path: Path) -> dict[str, Any]:
             "scheduler: fetch shi-labs/versatile-diffusion from the Hugging Face hub, and say --stage2.folder."
         )
     return json.loads(path.read_text())
-
-
-def weights_file(folder: Path) -> Path:
-    """The weight file of a diffusers folder: safetensors, else a PyTorch file, in half precision if there is no other."""
-    names = [f"diffusion_pytorch_model{half}.{kind}" for half in ("", ".fp16") for kind in ("safetensors", "bin")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has no weights; expected one of {', '.join(names)}")
 
 
 def unet_state(folder: Path) -> dict[str, torch.Tensor]:

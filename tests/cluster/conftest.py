@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from nsdray.cluster.results import train_all_subjects
-from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, StoreConfig, TargetsConfig
+from nsdray.config import Config, DataConfig, GRUConfig, RidgeConfig, SimulationConfig, Stage2Config, StoreConfig, TargetsConfig
 from nsdray.stages import Plan
 
 
@@ -19,8 +19,9 @@ def small_config(root: Path, **changes) -> Config:
         data=DataConfig(subjects=(1, 2), rows_per_part=64),
         simulation=SimulationConfig(n_train=96, n_test=12, n_sessions=3),
         targets=TargetsConfig(n_layers=3, batch_size=16),
-        ridge=RidgeConfig(alpha=4_000.0),
+        ridge=RidgeConfig(alpha=4_000.0, alpha_vision=4_000.0, alpha_text=4_000.0),
         gru=GRUConfig(hidden=8, batch_size=32, n_epochs=4, checkpoint_every=2),
+        stage2=Stage2Config(sampler="unipc", n_steps=4, guidance=2.0, batch_size=6),
         store=StoreConfig(str(root)),
     )
     return replace(config, **changes)

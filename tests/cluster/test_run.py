@@ -2,32 +2,40 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 
 from nsdray.cluster import results, run
-from nsdray.cluster.actors import fitting_batch_size, pool_size
+from nsdray.cluster.actors import fitting_batch_size, pool_size, vdvae_bytes
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
 from nsdray.cluster.tracking import tracking_uri
 from nsdray.cluster.train import parallel_trainings, validation_images
 from nsdray.config import ClusterConfig, DataConfig, StoreConfig
 from nsdray.decoder import Decoder
-from nsdray.generators.stage1 import from_png
+from nsdray.generators.stage1 import enlarge, from_png
 from nsdray.metrics.pixel import pixcorr
+from nsdray.models.clip import CLIPConfig, load_clip
 from nsdray.models.vdvae import VDVAEConfig, load_vdvae
+from nsdray.models.versatile_diffusion import load_versatile_diffusion
 from nsdray.nsd.betas import SCALE
-from nsdray.stages import Plan, layer_name
+from nsdray.seeds import image_seeds
+from nsdray.stages import Fit, Plan, layer_name
 from nsdray.store import view_column
+from nsdray.targets.clip_tokens import unconditional_tokens
 
 
 def decoder_files(plan, model):
     subject = plan.subjects[0]
-    folder = f"{plan.model(model).folder}/{subject.folder}"
+    folder = f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
     return {name: plan.store.read_bytes(f"{folder}/{name}") for name in plan.store.sizes(folder) if name.endswith(".safetensors")}
 
 
@@ -48,7 +56,7 @@ def test_targets_are_the_vdvae_s_and_in_the_samples_order(finished):
     subject = finished.subjects[1]
     image_ids, _ = read_samples(subject, "train")
     partition, part = subject.targets("train"), subject.parts("train")[1]
-    data = finished.targets.read(partition, part.name)
+    data = finished.targets().read(partition, part.name)
     np.testing.assert_array_equal(view_column(data, "image_id"), image_ids[64:])
     shapes = VDVAEConfig.mini().layer_shapes
     assert all(view_column(data, layer_name(i)).shape[1:] == shapes[i] for i in range(3))
@@ -58,21 +66,74 @@ def test_targets_are_the_vdvae_s_and_in_the_samples_order(finished):
 @pytest.mark.parametrize("model", ["ridge", "gru"])
 def test_decoder_decodes_one_image_as_the_run_did(finished, model):
     subject = finished.subjects[0]
-    folder = f"{finished.store.base}/{finished.model(model).folder}/{subject.folder}"
+    folder = f"{finished.store.base}/{finished.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
     decoder = Decoder.load(folder, load_vdvae(finished.vdvae_checkpoint, VDVAEConfig.mini()))
     image_ids, betas = read_samples(subject, "test")
     picture = decoder.decode(betas[5])
     assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
-    data = finished.reconstructions(model).read(subject.folder, subject.parts("test")[0].name)
+    data = finished.stage1(model).read(subject.folder, subject.parts("test")[0].name)
     stored = from_png(data["stage1"][5].as_py())
     alone = decoder.decode(betas[5:6], [image_ids[5]])[0]
     assert np.mean(np.abs(alone.astype(int) - stored) <= 1) > 0.999
     assert pixcorr(alone[None], stored[None])[0] > 0.999
 
 
+def test_stage2_refines_the_stage1_picture_under_ridge_s_tokens(finished):
+    subject, s = finished.subjects[0], finished.config.stage2
+    partition, (shard, *_) = subject.pictures("gru")
+    stage1, stage2 = (getattr(finished, name)("gru").read(partition, shard) for name in ("stage1", "stage2"))
+    tokens = []
+    for kind in ("clip_vision", "clip_text"):
+        data = finished.predictions(Fit("ridge", kind)).read(subject.folder, subject.parts("test")[0].name)
+        tokens.append(torch.from_numpy(np.stack([view_column(data, name) for name in finished.columns(kind)], 1)))
+    start = enlarge(np.stack([from_png(cell.as_py()) for cell in stage1["stage1"]]), (64, 64))
+    diffusion = load_versatile_diffusion(finished.diffusion_folder)
+    clip = load_clip(finished.clip_checkpoint, CLIPConfig.mini())
+    pictures = diffusion.generate(
+        image_seeds(s.seed, subject.image_ids("test")), *tokens, unconditional_tokens(clip),
+        torch.from_numpy(start).permute(0, 3, 1, 2) / 255, s.strength, s.guidance, s.mixing, s.n_steps, s.sampler,
+    )  # fmt: skip
+    stored = np.stack([from_png(cell.as_py()) for cell in stage2["stage2"]])
+    assert np.mean(np.abs(pictures.numpy().astype(int) - stored) <= 1) > 0.999
+    assert stage2["image_id"].to_pylist() == subject.image_ids("test").tolist()
+
+
+def test_other_settings_of_stage2_redo_stage2_only(finished):
+    settings = replace(finished.config.stage2, context="text", start="noise", strength=1.0)
+    plan = Plan(replace(finished.config, stage2=settings))
+    subject = plan.subjects[0]
+    for model in ("ridge", None):
+        assert not plan.stage1(model).missing(*subject.pictures(model))
+        assert plan.stage2(model).missing(*subject.pictures(model))
+    assert [fit.kind for fit in plan.fits] == ["vdvae", "vdvae", "clip_text"]
+    run.reconstruct_test_sets(plan)  # without vision tokens and without a picture to start from
+    assert not plan.stage2("gru").missing(*subject.pictures("gru"))
+
+
+def test_a_killed_replica_is_replaced_and_its_shard_done_again(finished):
+    subject, stage = finished.subjects[0], finished.stage2("ridge")
+    partition, wanted = subject.pictures("ridge")
+    before = {shard: stage.read(partition, shard) for shard in wanted}
+    for shard in wanted:
+        finished.store.delete(f"{stage.folder}/{partition}/{shard}")
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(run.reconstruct_test_sets, finished)
+        killed = []
+        while not killed and not running.done():
+            busy = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["cmdline"] and
+                    p.info["cmdline"][0].startswith("ray::Replica.reconstruct_stage2")]  # fmt: skip
+            for process in busy[:1]:
+                process.kill()
+                killed.append(process.pid)
+            time.sleep(0.01)
+        running.result(timeout=300)
+    assert killed
+    assert all(stage.read(partition, shard).equals(data) for shard, data in before.items())
+
+
 def test_decoder_refuses_bad_betas(finished):
     subject = finished.subjects[0]
-    decoder = Decoder.load(f"{finished.store.base}/{finished.model('ridge').folder}/{subject.folder}")
+    decoder = Decoder.load(f"{finished.store.base}/{finished.model(Fit('ridge', 'vdvae')).folder}/{subject.folder}")
     with pytest.raises(ValueError, match=r"betas have shape \(1, 7\); this decoder of subject 1 wants"):
         decoder.decode(np.zeros(7))
     with pytest.raises(ValueError, match="1 values that are not finite"):
@@ -90,7 +151,7 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
-    assert gru.data.metrics["pixcorr"] == pytest.approx(results.mean_scores(finished.subjects[0], "gru")["pixcorr/matched"])
+    assert gru.data.metrics["stage1_pixcorr"] == pytest.approx(results.mean_scores(finished.subjects[0], "gru")["stage1/pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
 
@@ -121,10 +182,10 @@ def test_one_more_subject_redoes_nothing(finished, tmp_path):
     for subject in plan.subjects[:2]:
         assert not plan.betas.missing(subject.folder, subject.betas_wanted)
         assert not plan.samples.missing(subject.samples("train"), subject.wanted("train"))
-        assert not plan.targets.missing(subject.targets("train"), subject.targets_wanted("train"))
-        assert not plan.model("gru").missing(subject.folder, {"decoder.json": subject.inputs})
+        assert not plan.targets().missing(subject.targets("train"), subject.targets_wanted("train"))
+        assert not plan.model(Fit("gru", "vdvae")).missing(subject.folder, {"decoder.json": subject.inputs})
     assert plan.betas.missing(new.folder, new.betas_wanted)
-    assert not plan.targets.missing(new.targets("test"), new.targets_wanted("test"))  # shared images: already there
+    assert not plan.targets().missing(new.targets("test"), new.targets_wanted("test"))  # shared images: already there
 
 
 def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
@@ -202,7 +263,13 @@ def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
     for split in ("train", "test"):  # one replica there, two here: the same to the bit
         partition = plan.subjects[0].targets(split)
         for part in plan.subjects[0].parts(split):
-            one, two = (p.targets.read(partition, part.name) for p in (plan, finished))
+            for kind in plan.kinds:
+                one, two = (p.targets(kind).read(partition, part.name) for p in (plan, finished))
+                assert one.equals(two)
+    for stage in ("stage1", "stage2"):
+        partition, shards = plan.subjects[0].pictures("ridge")
+        for shard in shards:
+            one, two = (getattr(p, stage)("ridge").read(partition, shard) for p in (plan, finished))
             assert one.equals(two)
 
 
@@ -214,9 +281,9 @@ def test_parallel_trainings():
 
 
 def test_batch_size_follows_memory():
-    assert fitting_batch_size(VDVAEConfig.mini(), 8e9) == 64
-    assert fitting_batch_size(VDVAEConfig.imagenet64(), 12e9) == 16
-    assert fitting_batch_size(VDVAEConfig.imagenet64(), 1e6) == 1
+    assert fitting_batch_size(vdvae_bytes(VDVAEConfig.mini()), 8e9) == 64
+    assert fitting_batch_size(vdvae_bytes(VDVAEConfig.imagenet64()), 12e9) == 16
+    assert fitting_batch_size(vdvae_bytes(VDVAEConfig.imagenet64()), 1e6) == 1
 
 
 def test_pool_size():

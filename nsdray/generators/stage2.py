@@ -1,0 +1,45 @@
+"""The stage-1 picture and CLIP tokens to the final picture, by Versatile Diffusion."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nsdray.generators.stage1 import enlarge
+from nsdray.models.batching import padded_batches
+from nsdray.seeds import image_seeds
+
+if TYPE_CHECKING:  # importing diffusers takes seconds
+    from nsdray.models.versatile_diffusion import VersatileDiffusion
+
+
+def refine_pictures(
+    diffusion: VersatileDiffusion,
+    stage1: np.ndarray | None,
+    vision: np.ndarray | None,
+    text: np.ndarray | None,
+    unconditional: tuple[torch.Tensor, torch.Tensor],
+    image_ids: Sequence[int],
+    seed: int = 0,
+    batch_size: int = 8,
+    **settings: Any,
+) -> np.ndarray:
+    """Stage-2 pictures, uint8 (n, s, s, 3) with s the diffusion model's image size.
+
+    stage1: uint8 (n, h, w, 3), enlarged here by PIL's bicubic filter as Brain-Diffuser does; None starts from noise.
+    vision (n, n_tokens, d), text (n, n_tokens, d): tokens, one of them may be None. unconditional: as
+    `nsdray.targets.clip_tokens.unconditional_tokens`. image_ids: (n,), key all draws with seed. settings: as
+    `VersatileDiffusion.generate`. The result does not depend on batch_size beyond rounding.
+    """
+    seeds, size = image_seeds(seed, image_ids), diffusion.image_size
+    pictures = []
+    for rows, n_valid in padded_batches(len(seeds), batch_size):
+        start = None
+        if stage1 is not None:
+            start = torch.from_numpy(enlarge(stage1[rows], (size, size))).permute(0, 3, 1, 2).float() / 255
+        tokens = [None if x is None else torch.from_numpy(x[rows].astype(np.float32)) for x in (vision, text)]
+        refined = diffusion.generate([seeds[i] for i in rows], *tokens, unconditional, start, **settings)
+        pictures.append(refined[:n_valid].numpy())
+    return np.concatenate(pictures)
