@@ -1,10 +1,123 @@
-"""Figures that people look at: grids of seen and decoded pictures."""
+"""Figures that people look at, and the HTML report: one file, no network, for phones and desktops."""
 from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, HEADER = 6, 26
+COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4a5568")  # told apart by people who see no red or green
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows, and a smaller line below it, such as an interval."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table; reference rows (chance, ceiling) stand back."""
+
+    cells: Sequence[Cell]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Row]
+    title: str = ""
+    folded: bool = False
+    """Shown on a click."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture as PNG, JPEG or SVG bytes."""
+
+    data: bytes
+    title: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The picture itself as an address."""
+        if self.data.startswith(b"\x89PNG"):
+            kind = "png"
+        else:
+            kind = "jpeg" if self.data.startswith(b"\xff\xd8") else "svg+xml"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it stands, shown on a click."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    code: Sequence[Code] = field(default=())
+    side_by_side: bool = False
+    """Figures next to each other where there is room."""
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section], warning: str = "") -> str:
+    """The report as one HTML page with everything in it. warning: a banner, such as that the data are simulated."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text())
+    return template.render(title=title, subtitle=subtitle, sections=sections, warning=warning)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, with an optional band around it."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    dashed: bool = False
+
+
+def line_chart(lines: Mapping[str, Line], x_label: str, y_label: str, ticks: Sequence[str] | None = None) -> bytes:
+    """A chart as SVG. ticks: names of the x positions 0, 1, … instead of numbers."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(5.6, 3.4), layout="constrained")
+    FigureCanvasSVG(canvas)
+    axes = canvas.subplots()
+    for (name, line), colour in zip(lines.items(), COLOURS * len(lines)):
+        axes.plot(line.x, line.y, "--" if line.dashed else "-", color=colour, label=name, marker="o" if ticks else None)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+    if ticks is not None:
+        axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def picture_grid(columns: dict[str, np.ndarray], title: str, cell: int = 96, n_columns_side: int = 1) -> Image.Image:
@@ -29,3 +142,10 @@ def picture_grid(columns: dict[str, np.ndarray], title: str, cell: int = 96, n_c
             picture = Image.fromarray(pictures[row]).resize((cell, cell), Image.Resampling.BICUBIC)
             grid.paste(picture, (x, 2 * HEADER + line * (cell + MARGIN)))
     return grid
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    return buffer.getvalue()

@@ -6,12 +6,14 @@ import dataclasses
 import pytest
 
 from nsdray.config import (
+    ClipConfig,
     ClusterConfig,
     Config,
     DataConfig,
     GRUConfig,
     RidgeConfig,
     SimulationConfig,
+    Stage2Config,
     TargetsConfig,
     digest,
 )
