@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.results import report_file, train_all_subjects
+from nsdray.cluster.report import report_file
+from nsdray.cluster.results import train_all_subjects
 
 
 def run() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.results import report_file, train_all_subjects
+from nsdray.cluster.report import report_file
+from nsdray.cluster.results import train_all_subjects
 from nsdray.cluster.tracking import tracking_uri
 
 
@@ -24,6 +25,7 @@ def run() -> None:
     uri = tracking_uri(plan.store)
     shown = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
     print(f"MLflow: {shown}   (or, for the default root: make ui)")
+    print(f"report: {plan.report.uri(plan.report_partition)}/report.html")
 
 
 if __name__ == "__main__":

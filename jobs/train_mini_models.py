@@ -36,11 +36,11 @@ class Arguments:
     """Models to train, in this order; diffusion is Versatile Diffusion's UNet."""
     vdvae_steps: int = 3400
     """Optimiser steps of 32 scenes."""
-    clip_steps: int = 2000
+    clip_steps: int = 1500
     """Optimiser steps of 128 scenes with captions."""
-    vae_steps: int = 3000
+    vae_steps: int = 1500
     """Optimiser steps of 24 scenes."""
-    diffusion_steps: int = 10_000
+    diffusion_steps: int = 4400
     """Optimiser steps of 96 scenes."""
     n_scenes: int = 24_000
     """Scenes that the UNet sees; they are encoded once."""
@@ -87,7 +87,7 @@ def make_diffusion(arguments: Arguments, state: Path) -> str:
     start = unet_state(folder) if arguments.warm_start else None
     unet = train_unet(state / "unet.pt", pool, clip, arguments.diffusion_steps, seed=arguments.seed, warm_start=start)
     save_folder(folder, unet, vae)
-    return write_card(folder.with_suffix(".md"), diffusion_card(folder, clip, arguments.diffusion_steps))
+    return write_card(folder.with_suffix(".md"), diffusion_card(folder, clip, arguments.vae_steps, arguments.diffusion_steps))
 
 
 def write_card(path: Path, card: str) -> str:

@@ -253,6 +253,19 @@ class Stage2Config:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of the test set."""
+
+    controls: bool = True
+    """Also reconstruct and score without the brain's help: from the mean training targets, and the nearest training image."""
+    n_bootstrap: int = 2000
+    """Resamples of the test images behind each interval."""
+
+    def __post_init__(self) -> None:
+        require(self.n_bootstrap >= 2, f"evaluation.n_bootstrap is {self.n_bootstrap}, must be at least 2")
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Use of the Ray cluster. None of this alters results, but for n_train_workers."""
 
@@ -296,6 +309,7 @@ class Config:
     gru: GRUConfig = field(default_factory=GRUConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

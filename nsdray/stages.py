@@ -32,6 +32,9 @@ VDVAE_CONFIGS = {"mini": VDVAEConfig.mini, "imagenet64": VDVAEConfig.imagenet64}
 CLIP_CONFIGS = {"mini": CLIPConfig.mini, "ViT-L-14": CLIPConfig.published}
 KINDS = ("vdvae", "clip_vision", "clip_text")
 """Kinds of regression targets."""
+CONTROLS = ("mean", "nearest")
+"""What decodes without the brain's help: the mean training target, whatever the betas; and the training image whose embedding
+is nearest to the predicted one."""
 ROWS_PER_PICTURES = 64
 """Test images per shard of pictures: the unit that a replica works on and that a restart may lose."""
 
@@ -64,7 +67,7 @@ class Fit:
     """A regressor and what it predicts."""
 
     regressor: str
-    """"ridge" or a network's name."""
+    """"ridge", a network's name, or "mean": the mean of the training targets, whatever the betas."""
     kind: str
     """One of KINDS."""
 
@@ -172,6 +175,13 @@ class Plan:
         """All regressions, for each subject: the models to the VDVAE's latents, ridge to CLIP's tokens."""
         return [Fit(model, "vdvae") for model in self.config.models] + [Fit("ridge", kind) for kind in self.kinds[1:]]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What gives pictures: the models, then the controls."""
+        if not self.config.evaluation.controls:
+            return self.config.models
+        return (*self.config.models, *(c for c in CONTROLS if c == "mean" or "clip_vision" in self.kinds))
+
     def columns(self, kind: str) -> list[str]:
         """Target columns that are predicted."""
         if kind == "vdvae":
@@ -227,10 +237,13 @@ class Plan:
 
     def predictions(self, fit: Fit) -> Stage:
         """Predicted targets of the test images."""
+        if fit.regressor == "mean":
+            return self._stage(f"predictions/{self.label(fit)}", samples=self.samples.hash, targets=self.targets(fit.kind).hash)
         return self._stage(f"predictions/{self.label(fit)}", model=self.model(fit).hash)
 
     def stage1(self, model: str | None) -> Stage:
         """Stage-1 pictures of the test images, from a model's latents; None: from the true ones, the ceiling of stage 1."""
+        assert model != "nearest", "the nearest training image has no stage 1"
         source = self.predictions(Fit(model, "vdvae")).hash if model else self.targets().hash
         settings = dataclasses.asdict(self.config.stage1) | {"n_layers": self.config.n_layers}
         return self._stage(f"reconstructions/stage1-{self._source(model)}", source=source, **settings)
@@ -238,12 +251,19 @@ class Plan:
     def stage2(self, model: str | None) -> Stage:
         """Stage-2 pictures of the test images, from a model's stage-1 pictures and the tokens that ridge predicts; None: from
         true latents and true tokens, the ceiling of stage 2."""
+        if model == "nearest":
+            ridge, truth = self.predictions(Fit("ridge", "clip_vision")).hash, self.targets("clip_vision").hash
+            return self._stage("reconstructions/stage2-nearest", ridge=ridge, targets=truth)
         settings = without(self.config.stage2, "folder", "batch_size") | {"sha256": self.diffusion_sha256}
         if self.config.stage2.start == "stage1":
             settings["stage1"] = self.stage1(model).hash
         for kind in self.kinds[1:]:
-            settings[kind] = (self.predictions(Fit("ridge", kind)) if model else self.targets(kind)).hash
+            settings[kind] = (self.predictions(self.token_fit(model, kind)) if model else self.targets(kind)).hash
         return self._stage(f"reconstructions/stage2-{self._source(model)}", **settings)
+
+    def token_fit(self, model: str, kind: str) -> Fit:
+        """What predicts the tokens beside a model's latents: ridge, whatever the model, but for the control."""
+        return Fit("mean" if model == "mean" else "ridge", kind)
 
     def _source(self, model: str | None) -> str:
         return f"{model}-{self.config.n_layers}" if model else "truth"
@@ -253,6 +273,11 @@ class Plan:
         """Methods of this class that give a stage of pictures."""
         return ["stage1", "stage2"] if self.has_stage2 else ["stage1"]
 
+    def pictures_of(self, model: str | None) -> dict[str, Stage]:
+        """All stages of pictures that a model (or a control) has, by name."""
+        names = ["stage2"] if model == "nearest" else self.picture_stages
+        return {name: getattr(self, name)(model) for name in names}
+
     def features(self, pictures: Stage | None) -> Stage:
         """CLIP's image embeddings of a stage of pictures; None: of the stimuli."""
         name, source = (pictures.name.removeprefix("reconstructions/"), pictures.hash) if pictures else ("seen", "stimuli")
@@ -261,7 +286,7 @@ class Plan:
 
     def metrics(self, model: str) -> Stage:
         """Scores of the test images."""
-        stages = [getattr(self, name)(source) for name in self.picture_stages for source in (model, None)]
+        stages = [stage for source in (model, None) for stage in self.pictures_of(source).values()]
         if self.has_stage2:
             stages = [self.features(stage) for stage in stages]
         return self._stage(f"metrics/{self._source(model)}", pictures=[stage.hash for stage in stages])
@@ -272,8 +297,9 @@ class Plan:
 
     @cached_property
     def report(self) -> Stage:
-        """Table and picture grids of all models."""
-        return self._stage(f"reports/{self.config.recipe}", metrics=[self.metrics(name).hash for name in self.config.models])
+        """Table, picture grids and page of all models."""
+        settings = dataclasses.asdict(self.config.evaluation) | {"metrics": [self.metrics(name).hash for name in self.sources]}
+        return self._stage(f"reports/{self.config.recipe}", **settings)
 
     @property
     def report_partition(self) -> str:
@@ -284,7 +310,8 @@ class Plan:
     def report_wanted(self) -> dict[str, Inputs]:
         """Files of the report."""
         inputs = {"subjects": digest([subject.inputs for subject in self.subjects])}
-        return {"table.txt": inputs} | {f"subject{subject.subject:02d}.png": inputs for subject in self.subjects}
+        names = ["table.txt", "report.html", *(f"subject{subject.subject:02d}.png" for subject in self.subjects)]
+        return {name: inputs for name in names}
 
     def _stage(self, name: str, **config: Any) -> Stage:
         simulated = self.layout.root.name if self.is_simulated else False  # the name tells the simulation's settings

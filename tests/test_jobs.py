@@ -66,7 +66,9 @@ def test_killed_again_and_again_it_ends_with_the_same_scores(tmp_path):
     undisturbed = finish(start("train_all_subjects", *SMALL, "--store.root", str(tmp_path / "a")))
     assert undisturbed.startswith("0"), undisturbed
     root = tmp_path / "b"
-    for sign in ("miniature-nsd-*/nsddata", "targets/*", "training/*/checkpoint_*", "reconstructions/stage1-*", "reconstructions/stage2-*/*/*"):
+    stages = [f"reconstructions/stage{i}-*/*/*" for i in (1, 2)]
+    signs = "miniature-nsd-*/nsddata", "targets/*", "training/*/checkpoint_*", *stages
+    for sign in signs:
         process = start("train_all_subjects", *SMALL, "--store.root", str(root), start_new_session=True)
         deadline = time.monotonic() + 200
         while not list(root.glob(sign)) and process.poll() is None and time.monotonic() < deadline:

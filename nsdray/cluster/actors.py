@@ -141,6 +141,17 @@ class Replica:
         )  # fmt: skip
         write_pictures(target, partition, part, "stage2", pictures, s.seed, inputs)
 
+    def find_nearest(self, target: Stage, partition: str, part: Part, inputs: Inputs, train: Rows, train_ids: np.ndarray,
+                     predicted: Rows) -> None:  # fmt: skip
+        """The control "nearest": the training picture whose embedding points most nearly where the predicted one does."""
+        column = token_names(CLIP_CONFIGS[self.config.clip.model]().n_vision_tokens)[:1]
+        known, wanted = (read_rows(rows, ids, column)[0].astype(np.float32) for rows, ids in
+                         ((train, train_ids), (predicted, part.image_ids)))  # fmt: skip
+        known /= np.linalg.norm(known, axis=1, keepdims=True)
+        nearest = train_ids[(wanted @ known.T).argmax(1)]
+        with Stimuli(self.layout.stimuli) as stimuli:
+            write_pictures(target, partition, part, "stage2", stimuli.read(nearest), 0, inputs)
+
     def embed(self, target: Stage, partition: str, part: Part, inputs: Inputs, source: Stage | None) -> None:
         """CLIP's unit-length image embeddings of a part's pictures: those of source, or the stimuli."""
         if source is None:

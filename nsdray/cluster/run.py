@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nsdray.cluster import ridge
 from nsdray.cluster.actors import Rows, gather, run_replicas
-from nsdray.cluster.data import read_samples, write_samples, write_session, write_voxels
+from nsdray.cluster.data import read_samples, read_targets, write_samples, write_session, write_voxels
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
@@ -171,6 +171,16 @@ def fit_models(plan: Plan, tracker: Any) -> None:
 
 
 @ray.remote(num_cpus=1)
+def predict_mean(subject: SubjectPlan, fit: Fit) -> None:
+    """The control "mean": the mean of the training targets for every test image."""
+    columns, n_test = subject.plan.columns(fit.kind), len(subject.image_ids("test"))
+    means = [read_targets(subject, "train", [column], fit.kind).mean(0, dtype=np.float64) for column in columns]
+    rows = [np.tile(mean.astype(np.float32), (n_test, 1)) for mean in means]
+    cells = [row.reshape(n_test, *shape) for row, shape in zip(rows, subject.plan.shapes(fit.kind))]
+    ridge.write_predictions(subject, fit, np.concatenate(rows, 1), cells)
+
+
+@ray.remote(num_cpus=1)
 def predict_subject(subject: SubjectPlan, fit: Fit) -> None:
     """Decode a subject's test betas, score the predictions before rescaling, and write both."""
     _, betas = read_samples(subject, "test")
@@ -182,53 +192,71 @@ def predict_subject(subject: SubjectPlan, fit: Fit) -> None:
 
 def predict_test_sets(plan: Plan) -> None:
     """Predicted targets of every test image, and their errors."""
-    pairs = [(subject, fit) for fit in plan.fits for subject in plan.subjects]
+    controls = [Fit("mean", kind) for kind in plan.kinds] if "mean" in plan.sources else []
+    pairs = [(subject, fit) for fit in [*plan.fits, *controls] for subject in plan.subjects]
     partitions = [(plan.predictions(fit), subject.folder, subject.wanted()) for subject, fit in pairs]
     missing = begin(partitions)
     todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
-    gather([predict_subject.remote(subject, fit) for subject, fit in todo], "predict", "test set")
+    predict = {True: predict_mean, False: predict_subject}
+    gather([predict[fit.regressor == "mean"].remote(subject, fit) for subject, fit in todo], "predict", "test set")
     finish(partitions)
 
 
-def picture_partitions(plan: Plan, stage_of: Callable[[str | None], Stage]) -> list[tuple[SubjectPlan, str | None, Partition]]:
-    """Of every model and subject, and of the truth once for all who saw the same."""
+def picture_partitions(plan: Plan, name: str) -> list[tuple[SubjectPlan, str | None, Partition]]:
+    """Partitions of "stage1" or "stage2": of every model, control and subject, and of the truth once for all who saw the
+    same."""
     found = {}
-    for model in (None, *plan.config.models):
+    for model in (None, *plan.sources):
         for subject in plan.subjects:
             partition, wanted = subject.pictures(model)
-            found[model, partition] = subject, model, (stage_of(model), partition, wanted)
+            if name in plan.pictures_of(model):
+                found[model, partition] = subject, model, (plan.pictures_of(model)[name], partition, wanted)
     return list(found.values())
 
 
 def reconstruct_test_sets(plan: Plan) -> None:
     """Stage-1 pictures from predicted and from true latents, then stage-2 pictures from these and tokens."""
-    reconstruct(plan, plan.stage1, "reconstruct_stage1", lambda s, m: (rows_of(s, m, "vdvae"),), "stage 1")
+    reconstruct(plan, "stage1", stage1_call)
     if plan.has_stage2:
-        reconstruct(
-            plan, plan.stage2, "reconstruct_stage2",
-            lambda s, m: (plan.stage1(m), *(rows_of(s, m, k) if k in plan.kinds else None for k in KINDS[1:])), "stage 2",
-        )  # fmt: skip
+        reconstruct(plan, "stage2", stage2_call)
 
 
-def reconstruct(plan: Plan, stage_of: Callable, method: str, sources: Callable, description: str) -> None:
-    """Make the missing shards of pictures. sources(subject, model): what the replica's method takes beside the shard."""
-    found = picture_partitions(plan, stage_of)
+def stage1_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
+    """The replica's method for stage-1 pictures, and its arguments beside the shard."""
+    return "reconstruct_stage1", (rows_of(subject, model, "vdvae"),)
+
+
+def stage2_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
+    """The same for stage-2 pictures."""
+    plan = subject.plan
+    if model == "nearest":
+        train = plan.targets("clip_vision"), subject.targets("train"), [part.name for part in subject.parts("train")]
+        return "find_nearest", (train, subject.image_ids("train"), rows_of(subject, "ridge", "clip_vision"))
+    tokens = (rows_of(subject, model, kind) if kind in plan.kinds else None for kind in KINDS[1:])
+    return "reconstruct_stage2", (plan.stage1(model), *tokens)
+
+
+def reconstruct(plan: Plan, name: str, call_of: Callable[[SubjectPlan, str | None], tuple[str, tuple]]) -> None:
+    """Make the missing shards of "stage1" or "stage2"."""
+    found = picture_partitions(plan, name)
     missing = begin([partition for _, _, partition in found])
     calls = []
     for subject, model, (stage, partition, wanted) in found:
         for part in Part.split(subject.image_ids("test"), ROWS_PER_PICTURES):
             if part.name in missing[stage.folder, partition]:
-                calls.append((method, (stage, partition, part, wanted[part.name], *sources(subject, model))))
-    run_replicas(plan, calls, description)
+                method, sources = call_of(subject, model)
+                calls.append((method, (stage, partition, part, wanted[part.name], *sources)))
+    run_replicas(plan, calls, name)
     finish([partition for _, _, partition in found])
 
 
 def rows_of(subject: SubjectPlan, model: str | None, kind: str) -> Rows:
-    """Where the latents or tokens for a model's pictures lie; tokens are ridge's, whatever the model; None: the truth."""
+    """Where the latents or tokens for a model's pictures lie; None: the truth."""
     plan, shards = subject.plan, [part.name for part in subject.parts("test")]
     if model is None:
         return plan.targets(kind), subject.targets("test"), shards
-    return plan.predictions(Fit(model if kind == "vdvae" else "ridge", kind)), subject.folder, shards
+    fit = Fit(model, kind) if kind == "vdvae" else plan.token_fit(model, kind)
+    return plan.predictions(fit), subject.folder, shards
 
 
 def embed_test_sets(plan: Plan) -> None:
@@ -240,7 +268,7 @@ def embed_test_sets(plan: Plan) -> None:
         partition, wanted = subject.pictures(None)
         found[None, partition] = subject, None, (plan.features(None), partition, wanted)
     for name in plan.picture_stages:
-        for subject, _, (stage, partition, wanted) in picture_partitions(plan, getattr(plan, name)):
+        for subject, _, (stage, partition, wanted) in picture_partitions(plan, name):
             found[stage.folder, partition] = subject, stage, (plan.features(stage), partition, wanted)
     missing = begin([partition for _, _, partition in found.values()])
     calls = [
@@ -276,22 +304,26 @@ def embeddings(subject: SubjectPlan, pictures: Stage | None, model: str | None) 
     return np.concatenate([view_column(stage.read(partition, shard, ["clip"]), "clip") for shard in wanted])
 
 
+def prediction_scores(subject: SubjectPlan, model: str) -> list[tuple[str, str, str, np.ndarray]]:
+    """The errors of predicted latents, as they were written beside them."""
+    names = [f"{metric}/{pairing}" for metric in LATENT_METRICS for pairing in ("matched", "chance")]
+    stage = subject.plan.predictions(Fit(model, "vdvae"))
+    parts = [stage.read(subject.folder, part.name, names) for part in subject.parts("test")]
+    return [("latents", *name.split("/"), np.concatenate([view_column(part, name) for part in parts])) for name in names]
+
+
 @ray.remote(num_cpus=1)
 def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     """Score one subject's test set: a row per image, stage, metric and pairing."""
     plan, image_ids = subject.plan, subject.image_ids("test")
-    names = [f"{metric}/{pairing}" for metric in LATENT_METRICS for pairing in ("matched", "chance")]
-    predictions = plan.predictions(Fit(model, "vdvae"))
-    latents = [predictions.read(subject.folder, part.name, names) for part in subject.parts("test")]
-    scores = [("latents", *name.split("/"), np.concatenate([view_column(part, name) for part in latents])) for name in names]
+    scores = [] if model == "nearest" else prediction_scores(subject, model)
     seen = seen_pictures(subject)
-    for stage in plan.picture_stages:
+    for stage in plan.pictures_of(model):
         pictures = [decoded_pictures(subject, source, stage) for source in (model, None)]
         scores += [(stage, *score) for score in picture_scores(seen, *pictures)]
         if plan.has_stage2:
-            pictures_of = getattr(plan, stage)
-            features = [embeddings(subject, None, None)] + [embeddings(subject, pictures_of(m), m) for m in (model, None)]
-            scores += [(stage, *score) for score in identification_scores(*features)]
+            features = [embeddings(subject, plan.pictures_of(m)[stage], m) for m in (model, None)]
+            scores += [(stage, *score) for score in identification_scores(embeddings(subject, None, None), *features)]
     columns = {
         "image_id": np.concatenate([image_ids for _ in scores]),
         "stage": [stage for stage, _, _, values in scores for _ in values],
@@ -304,7 +336,7 @@ def evaluate_subject(subject: SubjectPlan, model: str) -> None:
 
 def evaluate_test_sets(plan: Plan) -> None:
     """Score every test set."""
-    pairs = [(subject, model) for model in plan.config.models for subject in plan.subjects]
+    pairs = [(subject, model) for model in plan.sources for subject in plan.subjects]
     partitions = [(plan.metrics(model), subject.folder, {"scores.parquet": subject.inputs}) for subject, model in pairs]
     missing = begin(partitions)
     todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]

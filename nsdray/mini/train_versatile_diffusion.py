@@ -107,7 +107,7 @@ class ScenePool:
                     rows["latents"].append(latents.half())
                     rows["vision"].append(clip.vision_tokens(images).half())
                     rows["text"].append(torch.from_numpy(text_tokens(clip, captions, 5 * batch_size)))
-            save_file({name: torch.cat(parts) for name, parts in rows.items()}, str(path))
+            save_file({name: torch.cat(parts).contiguous() for name, parts in rows.items()}, str(path))
         return cls(**load_file(str(path)))
 
 
@@ -175,7 +175,7 @@ def save_folder(folder: Path, unet: torch.nn.Module | None, vae: AutoencoderKL) 
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
 
 
-def diffusion_card(folder: Path, clip: CLIP, n_steps: int, n_images: int = 100) -> str:
+def diffusion_card(folder: Path, clip: CLIP, n_vae_steps: int, n_steps: int, n_images: int = 100) -> str:
     """The card of the shipped Versatile Diffusion, in Markdown, with held-out figures of these weights."""
     model = load_versatile_diffusion(folder)
     images, truth = held_out(SIZE, n_images)
@@ -196,24 +196,25 @@ def diffusion_card(folder: Path, clip: CLIP, n_steps: int, n_images: int = 100) 
         f"  - {part}: SHA-256 `{hashlib.sha256(weights_file(folder / part).read_bytes()).hexdigest()}`"
         for part in ("image_unet", "text_unet", "vae")
     )
-    table = "\n".join(lines)
+    table, n_sites = "\n".join(lines), len(attention_sites(model.unet))
     return f"""# Mini Versatile Diffusion
 
-Versatile Diffusion of the offline default: the class of the published model (`nsdray.models.versatile_diffusion`), loaded from
-the same kind of folder, with a small configuration: a UNet of {n_unet:,} parameters with {len(attention_sites(model.unet))} dual
-attention sites, and a VAE of {n_vae:,} from {SIZE} x {SIZE} pictures to 4 x 16 x 16 latents and back. It looks at the mini CLIP's
+Versatile Diffusion of the offline default: the class of the published model (`nsdray.models.versatile_diffusion`), loaded
+from the same kind of folder, with a small configuration: a UNet of {n_unet:,} parameters with {n_sites} dual attention
+sites, and a VAE of {n_vae:,} from {SIZE} x {SIZE} pictures to 4 x 16 x 16 latents and back. It looks at the mini CLIP's
 tokens. It knows drawn scenes only and stands in for no published model.
 
-- **Made by** `python jobs/train_mini_models.py --only vae diffusion --diffusion-steps {n_steps}` on the CPU, bf16 autocast, from
-  scenes of the stream "training" of `nsdray.nsd.scenes`, which shares no scene with any stimulus set.
+- **Made by** `python jobs/train_mini_models.py --only vae diffusion --vae-steps {n_vae_steps} --diffusion-steps {n_steps}`,
+  on the CPU, bf16 autocast, from scenes of the stream "training" of `nsdray.nsd.scenes`, which shares no scene with any
+  stimulus set.
 - **VAE**: squared error of pixels and of their differences to neighbours, and a faint pull to a unit normal.
-- **UNet**: noise prediction, noise levels weighted by min(SNR, {SNR_CLAMP:g}) / SNR; each batch of 96 sees one context, vision or the mean
-  of five captions' tokens, left out with probability {P_UNCONDITIONAL}. AdamW, averaged weights.
+- **UNet**: noise prediction, noise levels weighted by min(SNR, {SNR_CLAMP:g}) / SNR; each batch of 96 sees one context, vision
+  or the mean of five captions' tokens, left out with probability {P_UNCONDITIONAL}. AdamW, averaged weights.
 - **Weights**, fp16 safetensors:
 {hashes}
 
-Held-out figures, {n_images} scenes of the stream "card". The VAE's round trip: {psnr(truth, round_trip).mean():.2f} dB PSNR. Pictures
-generated from noise alone under true tokens ({CARD_SETTINGS["sampler"]}, {CARD_SETTINGS["n_steps"]} steps, guidance
+Held-out figures, {n_images} scenes of the stream "card". The VAE's round trip: {psnr(truth, round_trip).mean():.2f} dB PSNR.
+Pictures generated from noise alone under true tokens ({CARD_SETTINGS["sampler"]}, {CARD_SETTINGS["n_steps"]} steps, guidance
 {CARD_SETTINGS["guidance"]:g}), beside the scene by the mini CLIP:
 
 | tokens | two-way identification (chance 0.5) | cosine of embeddings | PixCorr |

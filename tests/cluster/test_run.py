@@ -14,7 +14,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 
-from nsdray.cluster import results, run
+from nsdray.cluster import report, results, run
 from nsdray.cluster.actors import fitting_batch_size, pool_size, vdvae_bytes
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
 from nsdray.cluster.tracking import tracking_uri
@@ -151,7 +151,8 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
-    assert gru.data.metrics["stage1_pixcorr"] == pytest.approx(results.mean_scores(finished.subjects[0], "gru")["stage1/pixcorr/matched"])
+    means = report.mean_scores(finished.subjects[0], "gru")
+    assert gru.data.metrics["stage1_pixcorr"] == pytest.approx(means["stage1/pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
 
@@ -204,7 +205,7 @@ def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
         ours, theirs = decoder_files(plan, model), decoder_files(finished, model)
         assert ours.keys() == theirs.keys() and len(ours) >= 2
         assert [name for name in ours if ours[name] != theirs[name]] == []
-        assert results.mean_scores(subject, model) != results.mean_scores(finished.subjects[0], model)
+        assert report.mean_scores(subject, model) != report.mean_scores(finished.subjects[0], model)
 
 
 def stream(plan, **settings):
@@ -249,7 +250,7 @@ def test_gru_trains_on_two_workers(finished, tmp_path):
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
     results.train_all_subjects(plan)
-    assert np.isfinite(list(results.mean_scores(plan.subjects[0], "gru").values())).all()
+    assert np.isfinite(list(report.mean_scores(plan.subjects[0], "gru").values())).all()
 
 
 def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
@@ -259,7 +260,7 @@ def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
     results.train_all_subjects(plan)
-    assert results.mean_scores(plan.subjects[0], "ridge") == results.mean_scores(finished.subjects[0], "ridge")
+    assert report.mean_scores(plan.subjects[0], "ridge") == report.mean_scores(finished.subjects[0], "ridge")
     for split in ("train", "test"):  # one replica there, two here: the same to the bit
         partition = plan.subjects[0].targets(split)
         for part in plan.subjects[0].parts(split):
