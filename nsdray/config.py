@@ -224,6 +224,9 @@ class Stage2Config:
     """Begin with the stage-1 picture, or with noise alone (which wants strength 1)."""
     strength: float = 0.75
     """Share of the steps that are run on the noised stage-1 picture (paper, Brain-Diffuser: 0.75)."""
+    noise: float = 0.0
+    """Factor of the N(0, 1) noise added to the stage-1 picture in 0..255, which is then clipped: for the study of how much
+    stage 2 owes to stage 1 (paper, 3.4)."""
     guidance: float = 7.5
     """Classifier-free guidance (paper, Brain-Diffuser: 7.5)."""
     sampler: Literal["ddim", "unipc", "dpm"] = "ddim"
@@ -246,6 +249,7 @@ class Stage2Config:
             self.start == "stage1" or self.strength == 1,
             f"stage2.start is noise, which wants --stage2.strength 1, but it is {self.strength}",
         )
+        require(self.noise >= 0, f"stage2.noise is {self.noise}, must not be negative")
         require(self.n_steps >= 1, f"stage2.n_steps is {self.n_steps}, must be at least 1")
         require(
             self.batch_size is None or self.batch_size >= 1, f"stage2.batch_size is {self.batch_size}, must be at least 1"

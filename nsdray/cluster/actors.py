@@ -137,7 +137,7 @@ class Replica:
         pictures = refine_pictures(
             self.diffusion, start, *tokens, unconditional, part.image_ids, s.seed, self.diffusion_batch(),
             strength=s.strength, guidance=s.guidance, mixing=s.mixing, n_steps=s.n_steps, sampler=s.sampler,
-            reference_offset=s.reference_offset,
+            reference_offset=s.reference_offset, noise=s.noise,
         )  # fmt: skip
         write_pictures(target, partition, part, "stage2", pictures, s.seed, inputs)
 

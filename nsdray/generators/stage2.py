@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from nsdray import seeds as draws
 from nsdray.generators.stage1 import enlarge
 from nsdray.models.batching import padded_batches
-from nsdray.seeds import image_seeds
 
 if TYPE_CHECKING:  # importing diffusers takes seconds
     from nsdray.models.versatile_diffusion import VersatileDiffusion
@@ -24,21 +24,26 @@ def refine_pictures(
     image_ids: Sequence[int],
     seed: int = 0,
     batch_size: int = 8,
+    noise: float = 0.0,
     **settings: Any,
 ) -> np.ndarray:
     """Stage-2 pictures, uint8 (n, s, s, 3) with s the diffusion model's image size.
 
     stage1: uint8 (n, h, w, 3), enlarged here by PIL's bicubic filter as Brain-Diffuser does; None starts from noise.
     vision (n, n_tokens, d), text (n, n_tokens, d): tokens, one of them may be None. unconditional: as
-    `nsdray.targets.clip_tokens.unconditional_tokens`. image_ids: (n,), key all draws with seed. settings: as
+    `nsdray.targets.clip_tokens.unconditional_tokens`. image_ids: (n,), key all draws with seed. noise: factor of N(0, 1)
+    noise added to the enlarged picture in 0..255, which is then clipped (paper, 3.4). settings: as
     `VersatileDiffusion.generate`. The result does not depend on batch_size beyond rounding.
     """
-    seeds, size = image_seeds(seed, image_ids), diffusion.image_size
+    seeds, size = draws.image_seeds(seed, image_ids), diffusion.image_size
     pictures = []
     for rows, n_valid in padded_batches(len(seeds), batch_size):
         start = None
         if stage1 is not None:
-            start = torch.from_numpy(enlarge(stage1[rows], (size, size))).permute(0, 3, 1, 2).float() / 255
+            start = torch.from_numpy(enlarge(stage1[rows], (size, size))).permute(0, 3, 1, 2).float()
+            if noise:
+                start = (start + noise * draws.normal([seeds[i] for i in rows], "stage-1 noise", start.shape[1:])).clamp(0, 255)
+            start = start / 255
         tokens = [None if x is None else torch.from_numpy(x[rows].astype(np.float32)) for x in (vision, text)]
         refined = diffusion.generate([seeds[i] for i in rows], *tokens, unconditional, start, **settings)
         pictures.append(refined[:n_valid].numpy())

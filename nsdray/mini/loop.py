@@ -55,16 +55,18 @@ def train_mini(
     learning_rate: float,
     weight_decay: float = 0.01,
     schedule: Callable[[int, int], float] = cosine,
+    factor: Callable[[str], float] = lambda name: 1.0,
     save_every_s: float = 60.0,
 ) -> nn.Module:
     """Minimise loss_of(step) by AdamW; return a copy of the model with weights averaged over the last 1,000 steps or so.
 
-    loss_of returns the loss and what the progress bar shows. checkpoint: file of the whole training state, written every
-    save_every_s seconds and read again on a new start.
+    loss_of returns the loss and what the progress bar shows. factor: of the learning rate, by a parameter's name.
+    checkpoint: file of the whole training state, written every save_every_s seconds and read again on a new start.
     """
     model.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    groups = [{"params": [parameter], "factor": factor(name)} for name, parameter in model.named_parameters()]
+    optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -76,7 +78,7 @@ def train_mini(
     progress = tqdm(total=n_steps, initial=step, desc=f"mini {name}", unit="step", mininterval=10)
     while step < n_steps:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * schedule(step, n_steps)
+            group["lr"] = learning_rate * group["factor"] * schedule(step, n_steps)
         loss, log = loss_of(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -55,6 +55,8 @@ SCHEDULER = {  # Stable Diffusion's and Versatile Diffusion's
 }
 SNR_CLAMP = 5.0  # Hang et al. 2023 (arXiv:2303.09556): weight of a noise level min(SNR, 5) / SNR
 P_UNCONDITIONAL = 0.1
+TOKEN_SCALE = 8.0
+"""CLIP's tokens have length 1, so their values are some 1 / sqrt(64); what reads them starts, and learns, that much larger."""
 CARD_SETTINGS = {"sampler": "unipc", "n_steps": 20, "guidance": 3.0}
 
 
@@ -126,7 +128,10 @@ def train_unet(
     """
     torch.manual_seed(seed)
     unet = build_unet(UNET)
-    if warm_start is not None:
+    if warm_start is None:
+        for name, parameter in unet.named_parameters():
+            parameter.data *= reading_scale(name)
+    else:
         unet.load_state_dict({key: value.float() for key, value in warm_start.items()})
     alphas = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod
     nothing = [tokens.float() for tokens in unconditional_tokens(clip)]
@@ -152,7 +157,12 @@ def train_unet(
         loss = (errors * snr.clamp(max=SNR_CLAMP) / snr).mean()
         return loss, {"loss": loss.item(), "text" if by_text else "vision": errors.mean().item()}
 
-    return train_mini("UNet", unet, loss_of, checkpoint, n_steps, learning_rate=1e-3, schedule=trapezoid)
+    return train_mini("UNet", unet, loss_of, checkpoint, n_steps, learning_rate=1e-3, schedule=trapezoid, factor=reading_scale)
+
+
+def reading_scale(name: str) -> float:
+    """TOKEN_SCALE for the keys and values that are made from tokens, else 1."""
+    return TOKEN_SCALE if ".attn2.to_k." in name or ".attn2.to_v." in name else 1.0
 
 
 def save_folder(folder: Path, unet: torch.nn.Module | None, vae: AutoencoderKL) -> None:
