@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nsdray"
 LEVELS = [  # from the ground up; a module may import what lies below it, and its own package
     {"config", "seeds"},
     {"recipes"},
+    {"glm"},
     {"nsd"},
     {"models"},
     {"regressors", "generators", "targets", "metrics"},

@@ -10,9 +10,9 @@ Two rules for the pool, both among bright voxels (mean above 0.1 x its 99th perc
 - ``"on_off"``, the default, is GLMsingle's: the variance explained by one response common to all trials lies below the
   point where a mixture of two Gaussians, fitted to it over voxels, turns from the lower to the upper one. The pool made
   NSD's published betas (b3), and it needs no repeats to be decided.
-- ``"negative_r2"`` is the paper's algorithm 1, step 2.2: the cross-validated variance explained is below 0. A voxel
-  that answers alike to every image, or whose image was seen once, has little to be cross-validated by, so with few
-  repeats it takes voxels that answer into the pool; and it asks nothing of voxels that answer a little.
+- ``"negative_r2"`` is the paper's algorithm 1, step 2.2: the cross-validated variance explained is below 0. Single
+  trials are noisy predictors of each other, so where repeats are few this also takes voxels that answer weakly, and
+  their signal then goes into the regressors.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from scipy import sparse
 
 from nsdray.glm.crossval import RepeatError, repeat_pairs
 from nsdray.glm.design import Design
-from nsdray.glm.model import TrialModel, detrend, energy
+from nsdray.glm.model import TrialModel, detrend, energy, residual
 
 POOL_RULES = ("on_off", "negative_r2")
 BRIGHT_PERCENTILE, BRIGHT_SHARE = 99, 0.1
@@ -153,6 +153,7 @@ def _errors_of_group(
     steps, found = [], [error(betas)]
     for run, (y, matrices, noise) in enumerate(zip(series, model.runs, regressors)):
         left = matrices.left[hrf].astype(np.float64)
+        noise = residual(noise, model.design.drifts(run))
         solved = matrices.right[hrf].T @ (matrices.inverse_singular[hrf][:, None] * (left.T @ noise))  # X^+ G
         q, r = np.linalg.qr(noise - left @ (left.T @ noise))
         change = np.linalg.solve(r.T, solved.T)  # rows (B R^-1)_p, (n_regressors, n_trials)

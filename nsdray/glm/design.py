@@ -89,7 +89,8 @@ def make_design(
 
     ValueError for whatever does not fit, in particular swapped axes, milliseconds, runs of unequal voxel counts, events
     outside their run or at the same time, and more trials than a run's time points can tell apart. A warning for trials
-    that begin less than END_S before the end of their run.
+    that begin less than END_S before the end of their run; one that begins on the last volume gets a beta of 0
+    (to which type D adds its offset).
     """
     shapes = [tuple(shape) for shape in data_shapes]
     design = [one if isinstance(one, Events) else np.asarray(one) for one in design]
@@ -100,7 +101,8 @@ def make_design(
     n_timepoints = tuple(shape[-1] for shape in shapes)
     events = [_events(one, tr, run) for run, one in enumerate(design)]
     for run, one in enumerate(events):
-        _check_events(one, run, shapes[run], tr, stimulus_duration)
+        _check_length(one, run, shapes[run], tr, isinstance(design[run], Events))
+        _check_events(one, run, shapes[run][-1] * tr, stimulus_duration)
     labels = {label: None for one in events for label in one.condition}
     if isinstance(design[0], np.ndarray):
         labels = dict.fromkeys(range(design[0].shape[1]))
@@ -138,15 +140,16 @@ def _check_shapes(design: Sequence[np.ndarray | Events], shapes: list[tuple[int,
             raise ValueError(
                 f"run {run} of the data has shape {shape}; expected (n_voxels, n_timepoints) or (X, Y, Z, n_timepoints)"
             )
+        if isinstance(design[run], Events) != isinstance(design[0], Events):
+            raise ValueError(f"run {run} and run 0 of the design are not both matrices or both events; give one kind")
         if isinstance(design[run], np.ndarray):
             _check_matrix(design[run], design[0], run, shape)
     if len({shape[:-1] for shape in shapes}) > 1:
         counts = [shape[:-1] for shape in shapes]
-        swapped = len(shapes[0]) == 2 and len({shape[-1] for shape in shapes}) == 1
-        hint = "The last axes are all equal: are the axes swapped? Time must be last; pass run.T" if swapped else (
-            "Bring all runs to one grid and mask"
-        )  # fmt: skip
-        raise ValueError(f"runs have unequal voxels: shapes without time {counts}. {hint}")
+        swapped = " (or is time the first axis? It must be the last)" if shapes[0][0] < shapes[0][-1] else ""
+        raise ValueError(
+            f"runs have unequal voxels: shapes without time are {counts}. Bring all runs to one grid and mask{swapped}"
+        )
 
 
 def _check_matrix(matrix: np.ndarray, first: np.ndarray, run: int, shape: tuple[int, ...]) -> None:
@@ -164,10 +167,10 @@ def _check_matrix(matrix: np.ndarray, first: np.ndarray, run: int, shape: tuple[
             f"run {run}: the design is {matrix.shape}, {n_timepoints} time points, but the data are {shape}, "
             f"{shape[-1]} time points. {hint}"
         )
-    if not isinstance(first, np.ndarray) or matrix.shape[1] != first.shape[1]:
+    if matrix.shape[1] != first.shape[1]:
         raise ValueError(
-            f"design of run {run} has {matrix.shape[1]} conditions, that of run 0 "
-            f"{first.shape[1] if isinstance(first, np.ndarray) else 'events'}; every run needs the same columns"
+            f"design of run {run} has {matrix.shape[1]} conditions, that of run 0 {first.shape[1]}; every run needs the same "
+            "columns"
         )
     if not np.isin(matrix, (0, 1)).all():
         odd = matrix[~np.isin(matrix, (0, 1))]
@@ -180,22 +183,27 @@ def _check_matrix(matrix: np.ndarray, first: np.ndarray, run: int, shape: tuple[
 def _events(one: np.ndarray | Events, tr: float, run: int) -> Events:
     if isinstance(one, np.ndarray):
         volume, column = np.nonzero(one)
-        return Events(volume * tr, column.tolist())
+        one = Events(volume * tr, column.tolist())
     if len(one.onset) != len(one.condition):
         raise ValueError(f"run {run} has {len(one.onset)} onsets, but {len(one.condition)} conditions")
+    if len(one.onset) == 0:
+        raise ValueError(f"run {run} has no events; leave the run out")
     return one
 
 
-def _check_events(one: Events, run: int, shape: tuple[int, ...], tr: float, stimulus_duration: float) -> None:
-    onset, length = np.sort(np.asarray(one.onset, float)), shape[-1] * tr
-    if len(onset) == 0:
-        raise ValueError(f"run {run} has no events; leave the run out")
-    fits_first_axis = len(shape) == 2 and shape[0] < shape[-1] and onset[-1] < shape[0] * tr
-    if length > MAX_RUN_S or (fits_first_axis and onset[-1] < length / 10):
+def _check_length(one: Events, run: int, shape: tuple[int, ...], tr: float, axes_unknown: bool) -> None:
+    """A run too long to be one, or one that its events leave nine tenths of empty but that would fit if turned round."""
+    last, length = max(one.onset), shape[-1] * tr
+    fits_turned = len(shape) == 2 and shape[0] < shape[-1] and last < shape[0] * tr
+    if length > MAX_RUN_S or (axes_unknown and fits_turned and last < length / 10):
         raise ValueError(
             f"run {run} has shape {shape}: {shape[-1]} time points at tr {tr:g} s are {length / 3600:.1f} hours, and the "
-            f"last event is at {onset[-1]:g} s. Are the axes swapped? Time must be the last axis"
+            f"last event is at {last:g} s. Are the axes swapped? Time must be the last axis"
         )
+
+
+def _check_events(one: Events, run: int, length: float, stimulus_duration: float) -> None:
+    onset = np.sort(np.asarray(one.onset, float))
     outside = ~((onset >= 0) & (onset < length))
     if outside.any():
         milliseconds = onset[0] >= 0 and onset[-1] > 50 * length and onset[-1] / 1000 < length

@@ -23,7 +23,7 @@ Types of betas, as GLMsingle names them:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -103,7 +103,7 @@ def first_pass(model: TrialModel, cross_validate: bool, chunk: Sequence[np.ndarr
 class Survey:
     """All that `last_pass` needs, and what was decided."""
 
-    type: str
+    beta_type: str
     """B in place of C or D where no condition repeats across runs."""
     model: TrialModel
     """With the chosen noise regressors."""
@@ -120,30 +120,31 @@ class Survey:
 def survey(
     design: Design,
     hrfs: HRFs,
-    each_chunk: Callable[..., list],
-    type: str = "D",
+    each_chunk: Callable[..., Iterable],
+    beta_type: str = "D",
     noise_pool: str = "on_off",
     max_regressors: int = 10,
 ) -> Survey:
     """Look through all voxels and decide on noise pool and noise regressors.
 
     each_chunk: ``each_chunk(function, *arguments)`` calls ``function(chunk, *(argument[i] for argument in arguments))``
-    for every chunk i, anywhere and in any order, and returns the results in the chunks' order; an argument is a list
-    with an item per chunk. The function is a `functools.partial` that holds the model, tens of MB: ship it once.
+    for every chunk i, anywhere and at any time, and yields the results in the chunks' order; an argument is a list with
+    an item per chunk. Results are taken one by one, and the large ones not kept. The function is a `functools.partial`
+    that holds the model, tens of MB: ship it once.
 
-    Types, noise_pool and max_regressors: as in `fit_glm`, which says what is warned of and refused.
+    beta_type, noise_pool and max_regressors: as in `fit_glm`, which says what is warned of and refused.
     """
-    _check_options(design, type, noise_pool, max_regressors)
+    _check_options(design, beta_type, noise_pool, max_regressors)
     model, pairs = trial_model(design, hrfs), repeat_pairs(design)
-    denoised = type in "CD"
+    denoised = beta_type in "CD"
     if denoised and not pairs.nnz:
-        denoise.warn_no_repeats(design, type)
-        type, denoised = "B", False
-    parts = each_chunk(partial(first_pass, model, denoised and noise_pool == "negative_r2"))
+        denoise.warn_no_repeats(design, beta_type)
+        beta_type, denoised = "B", False
+    parts = list(each_chunk(partial(first_pass, model, denoised and noise_pool == "negative_r2")))
     first = FirstPass.concatenate(parts)
     _check_signal(first)
     if not denoised:
-        return Survey(type, model, first, np.zeros(len(first.state), bool), [], 0, np.zeros(1))
+        return Survey(beta_type, model, first, np.zeros(len(first.state), bool), [], 0, np.zeros(1))
     ends = np.cumsum([len(part.state) for part in parts])[:-1]
     pool, deciding = denoise.noise_pool(first.mean, first.on_off_r2, first.cross_validated_r2, noise_pool)
     if pool.sum() <= max_regressors:
@@ -152,15 +153,17 @@ def survey(
             "Voxels must be bright and unresponsive to be in it: is the mask too narrow?",
             stacklevel=3,
         )
-        return Survey(type, model, first, pool, [], 0, np.zeros(1))
-    grams = each_chunk(partial(denoise.noise_gram, model), np.split(pool, ends))
-    regressors = denoise.noise_regressors([sum(run) for run in zip(*grams)], max_regressors)
+        return Survey(beta_type, model, first, pool, [], 0, np.zeros(1))
+    grams = [0.0] * design.n_runs
+    for part in each_chunk(partial(denoise.noise_gram, model), np.split(pool, ends)):
+        grams = [a + b for a, b in zip(grams, part)]
+    regressors = denoise.noise_regressors(grams, max_regressors)
     asked = np.where(deciding, first.hrf_index, -1)
     errors = each_chunk(partial(denoise.regressor_errors, model, regressors), np.split(asked, ends))
-    n, curve = denoise.choose_n_regressors(np.concatenate(errors))
+    n, curve = denoise.choose_n_regressors(np.concatenate(list(errors)))
     if n:
         model = trial_model(design, hrfs, [run[:, :n] for run in regressors])
-    return Survey(type, model, first, pool, regressors, n, curve)
+    return Survey(beta_type, model, first, pool, regressors, n, curve)
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def last_pass(
 class GLMResult:
     """What `fit_glm` found. Voxels are in the data's order (C order of X, Y, Z for 4-D data)."""
 
-    type: str
+    beta_type: str
     """A, B, C or D; B in place of C or D where no condition repeats across runs."""
     betas: np.ndarray
     """(n_trials, n_voxels) float32, percent signal change, trials in chronological order; (1, n_voxels) for type A."""
@@ -222,7 +225,7 @@ class GLMResult:
     on_off_r2: np.ndarray
     """(n_voxels,) float32, percent, of type A."""
     hrf_index: np.ndarray
-    """(n_voxels,) int8, 0-based; -1 for constant voxels and those with NaN or infinity."""
+    """(n_voxels,) int8, 0-based; -1 for constant voxels and those with NaN or infinity. Of no meaning for type A."""
     noise_pool: np.ndarray
     """(n_voxels,) bool."""
     n_regressors: int
@@ -255,7 +258,7 @@ def fit_glm(
     stimulus_duration: float,
     tr: float,
     *,
-    type: str = "D",
+    beta_type: str = "D",
     hrf: str = "library",
     noise_pool: str = "on_off",
     max_regressors: int = 10,
@@ -267,7 +270,7 @@ def fit_glm(
 
     design: per run (n_timepoints, n_conditions), 1 where a stimulus came on, or `Events`. data: per run
     (n_voxels, n_timepoints) or (X, Y, Z, n_timepoints), any real dtype, preprocessed but neither detrended nor
-    standardised. stimulus_duration, tr: seconds. type: A, B, C or D (see the module). hrf: "library" or "assumed".
+    standardised. stimulus_duration, tr: seconds. beta_type: A, B, C or D (see the module). hrf: "library" or "assumed".
     noise_pool: "on_off" or "negative_r2" (see `nsdray.glm.denoise`). max_regressors: noise regressors tried at most.
     fractions: tried by type D, within (0, 1]. sessions: a number per run, where the runs are of several sessions.
     n_voxels_batch: voxels worked on at once; None: as many as need about BATCH_BYTES.
@@ -282,34 +285,51 @@ def fit_glm(
     _check_fractions(fractions)
     if hrf not in HRF_CHOICES:
         raise ValueError(f"unknown hrf {hrf!r}; known: {', '.join(HRF_CHOICES)}")
-    shape = data[0].shape[:-1]
-    n_voxels = int(np.prod(shape))
     size = n_voxels_batch or batch_size(checked)
-    starts = range(0, n_voxels, size)
+    starts = range(0, int(np.prod(data[0].shape[:-1])), size)
 
     def each_chunk(function, *arguments):
-        return [function(_take(data, start, size), *rest) for start, *rest in zip(starts, *arguments)]
+        for start, *rest in zip(starts, *arguments):
+            yield function(_take(data, start, size), *rest)
 
-    found = survey(checked, HRF_CHOICES[hrf](stimulus_duration, tr), each_chunk, type, noise_pool, max_regressors)
-    _warn_bad_voxels(found.first)
-    rest = dict(
-        on_off_r2=found.first.on_off_r2, noise_pool=found.noise_pool, n_regressors=found.n_regressors,
-        regressors=found.regressors, curve=found.curve, mean=found.first.mean, design=checked, volume_shape=shape,
-        n_constant=int((found.first.state == CONSTANT).sum()), n_not_finite=int((found.first.state == NOT_FINITE).sum()),
-    )  # fmt: skip
-    if found.type == "A":
-        betas = np.where(found.first.state == CONSTANT, 0, found.first.on_off_beta)[None].astype(np.float32)
-        none, ones = np.full(n_voxels, -1, np.int8), np.ones(n_voxels, np.float32)
-        return GLMResult(type="A", betas=betas, r2=found.first.on_off_r2, hrf_index=none, fraction=ones, **rest)
-    betas = np.empty((checked.n_trials, n_voxels), np.float32)
-    r2, fraction = np.empty((2, n_voxels), np.float32)
-    for start in starts:
-        where = slice(start, start + size)
-        chosen = fractions if found.type == "D" else None
-        part = last_pass(found.model, chosen, _take(data, start, size), found.first.hrf_index[where])
-        betas[:, where], r2[where], fraction[where] = part.betas.T, part.r2, part.fraction
-    index = found.first.hrf_index
-    return GLMResult(type=found.type, betas=betas, r2=r2, hrf_index=index, fraction=fraction, **rest)
+    found = survey(checked, HRF_CHOICES[hrf](stimulus_duration, tr), each_chunk, beta_type, noise_pool, max_regressors)
+    first, n_voxels = found.first, len(found.first.state)
+    _warn_bad_voxels(first)
+    if found.beta_type == "A":
+        betas = np.where(first.state == CONSTANT, 0, first.on_off_beta)[None].astype(np.float32)
+        r2, fraction = first.on_off_r2, np.ones(n_voxels, np.float32)
+    else:
+        betas = np.empty((checked.n_trials, n_voxels), np.float32)
+        r2, fraction = np.empty((2, n_voxels), np.float32)
+        chosen = fractions if found.beta_type == "D" else None
+        for start in starts:
+            here = slice(start, start + size)
+            part = last_pass(found.model, chosen, _take(data, start, size), first.hrf_index[here])
+            betas[:, here], r2[here], fraction[here] = part.betas.T, part.r2, part.fraction
+    return _result(found, betas, r2, fraction, data[0].shape[:-1])
+
+
+def _result(
+    found: Survey, betas: np.ndarray, r2: np.ndarray, fraction: np.ndarray, volume_shape: tuple[int, ...]
+) -> GLMResult:
+    first = found.first
+    return GLMResult(
+        beta_type=found.beta_type,
+        betas=betas,
+        r2=r2,
+        on_off_r2=first.on_off_r2,
+        hrf_index=first.hrf_index,
+        noise_pool=found.noise_pool,
+        n_regressors=found.n_regressors,
+        regressors=found.regressors,
+        curve=found.curve,
+        fraction=fraction,
+        mean=first.mean,
+        design=found.model.design,
+        n_constant=int((first.state == CONSTANT).sum()),
+        n_not_finite=int((first.state == NOT_FINITE).sum()),
+        volume_shape=volume_shape,
+    )
 
 
 def batch_size(design: Design) -> int:
@@ -339,12 +359,12 @@ def _percent(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return 100 * values / np.where(magnitude > 0, magnitude, 1)
 
 
-def _check_options(design: Design, type: str, noise_pool: str, max_regressors: int) -> None:
-    if type not in TYPES:
-        raise ValueError(f"unknown type of betas {type!r}; known: {', '.join(TYPES)}")
+def _check_options(design: Design, beta_type: str, noise_pool: str, max_regressors: int) -> None:
+    if beta_type not in TYPES:
+        raise ValueError(f"unknown beta_type {beta_type!r}; known: {', '.join(TYPES)}")
     if noise_pool not in denoise.POOL_RULES:
         raise ValueError(f"unknown noise_pool {noise_pool!r}; known: {', '.join(denoise.POOL_RULES)}")
-    if type in "AB":
+    if beta_type in "AB":
         return
     runs = range(design.n_runs)
     spare = [design.n_timepoints[run] - int((design.run == run).sum()) - design.drift_degree(run) - 1 for run in runs]
@@ -352,7 +372,7 @@ def _check_options(design: Design, type: str, noise_pool: str, max_regressors: i
         run = int(np.argmin(spare))
         raise ValueError(
             f"max_regressors is {max_regressors}; run {run} has {design.n_timepoints[run]} time points, of which trials and "
-            f"drifts leave {spare[run]}. Choose 1 to {spare[run] - 1}, or type B"
+            f"drifts leave {spare[run]}. Choose 1 to {spare[run] - 1}, or beta_type B"
         )
 
 

@@ -89,11 +89,11 @@ def trial_model(design: Design, hrfs: HRFs, regressors: Sequence[np.ndarray] | N
     for run, n_timepoints in enumerate(design.n_timepoints):
         drifts = design.drifts(run)
         since_onset = np.arange(n_timepoints)[:, None] * design.tr - design.onset[design.trials_of(run)]
-        on_off = _residual(canonical.at(since_onset).sum(axis=2), drifts)[0]
-        responses = _residual(hrfs.at(since_onset), drifts)  # (n_hrfs, n_timepoints, n_trials)
+        on_off = residual(canonical.at(since_onset)[0].sum(axis=1, keepdims=True), drifts)[:, 0]
+        responses = residual(hrfs.at(since_onset), drifts)  # (n_hrfs, n_timepoints, n_trials)
         clean = responses
         if regressors is not None:
-            clean = _residual(responses, np.linalg.qr(np.hstack([drifts, regressors[run]]))[0])
+            clean = residual(responses, np.linalg.qr(np.hstack([drifts, regressors[run]]))[0])
         left, singular, right = np.linalg.svd(clean, full_matrices=False)
         kept = singular > TOLERANCE * singular.max()
         inverse = np.divide(1, singular, where=kept, out=np.zeros_like(singular))
@@ -102,10 +102,9 @@ def trial_model(design: Design, hrfs: HRFs, regressors: Sequence[np.ndarray] | N
     return TrialModel(design, tuple(runs))
 
 
-def _residual(columns: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Columns (…, n_timepoints[, n]) less what the orthonormal basis (n_timepoints, k) explains of them."""
-    flat = columns[..., None] if columns.ndim == 2 else columns
-    return (flat - basis @ (basis.T @ flat)).reshape(columns.shape)
+def residual(columns: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Columns (…, n_timepoints, n) less what the orthonormal basis (n_timepoints, k) explains of them."""
+    return columns - basis @ (basis.T @ columns)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ In the coordinates of the design's singular value decomposition, ridge regressio
 direction k by s_k^2 / (s_k^2 + alpha). A fraction f asks for the alpha at which the betas' Euclidean length is f times
 that at alpha = 0 (Rokem and Kay 2020). The length falls monotonically, so it is tabulated for all voxels with one
 matrix product and interpolated. The package `fracridge` does the same in a Python loop over voxels, on a table four
-times as coarse, and brings scikit-learn and pandas with it; hence this file.
+times as coarse, and brings scikit-learn and numba with it; hence this file.
 
 The fraction is chosen per voxel by the error across repeats (`nsdray.glm.crossval`). As shrinkage also lowers the
 overall size, which a trial's neighbours say nothing about, the chosen betas are scaled and shifted to fit the
