@@ -95,8 +95,7 @@ class CLIP(nn.Module):
         """(n, n_text_tokens, embed_dim) from strings; the end-of-text token has length 1."""
         model, ids = self.model, self.token_ids(captions).to(self.device)
         x = model.token_embedding(ids) + model.positional_embedding
-        causal = torch.full((ids.shape[1],) * 2, float("-inf"), device=self.device).triu_(1)
-        tokens = model.ln_final(model.transformer(x, attn_mask=causal)) @ model.text_projection
+        tokens = model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection
         pooled = tokens[torch.arange(len(ids)), ids.argmax(-1)]
         return (tokens / pooled[:, None].norm(dim=-1, keepdim=True)).float()
 
@@ -145,5 +144,6 @@ def load_clip(path: str | Path, config: CLIPConfig, device: str | torch.device =
         clip = CLIP(config)
     hint = f"The published one is open_clip_model.safetensors of {PUBLISHED}, pretrained {PRETRAINED}."
     load_strictly(clip.model, read_weights(path), path, hint)
-    clip.model.attn_mask = None  # a buffer without data so far; text_tokens makes its own
+    n = config.n_text_tokens
+    clip.model.attn_mask = torch.full((n, n), float("-inf")).triu_(1)  # causal; a buffer that no file holds
     return clip.to(device).eval().requires_grad_(False)

@@ -162,6 +162,10 @@ class VersatileDiffusion(nn.Module):
             raise ValueError(f"strength is {strength}, must be in [0, 1]")
         if images is None and strength < 1:
             raise ValueError(f"strength is {strength}, but without a picture to start from it must be 1")
+        if images is not None and images.shape != (len(seeds), 3, self.image_size, self.image_size):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected {(len(seeds), 3, self.image_size, self.image_size)}"
+            )
         scheduler = self.scheduler(sampler)
         scheduler.set_timesteps(n_steps)
         noise = draws.normal(seeds, "diffusion", self.latent_shape).to(self.device)
@@ -175,7 +179,6 @@ class VersatileDiffusion(nn.Module):
                 alpha = alphas[noise_level(scheduler.timesteps, n_run, reference_offset)]
                 latents = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         if n_run > 0:
-            scheduler.set_begin_index(len(scheduler.timesteps) - n_run) if sampler != "ddim" else None
             for t in scheduler.timesteps[-n_run:]:
                 estimate = self._guided(latents, t.to(self.device), context, guidance)
                 latents = scheduler.step(estimate, t, latents, return_dict=False)[0]
