@@ -59,8 +59,10 @@ def test_blocks_do_not_alter_the_result(n_rows_batch):
     np.testing.assert_array_equal(two_way(truth, prediction, n_rows_batch), by_corrcoef(truth, prediction))
 
 
-def test_ties_are_failures_exactly():
+@pytest.mark.parametrize("many", [0.0, 1.0])  # doubtful pairs by a float64 product of the block, or one by one
+def test_ties_are_failures_exactly(monkeypatch, many):
     """Few small integers give many equal correlations, between equal rows and between different ones."""
+    monkeypatch.setattr(identification, "MANY", many)
     random = np.random.default_rng(3)
     truth = random.integers(0, 2, (24, 6))
     truth[:, 0], truth[:, 1] = 0, 2  # no constant row
@@ -76,7 +78,7 @@ def test_ties_are_failures_exactly():
     np.testing.assert_array_equal(two_way(*wide), expected)
 
 
-@pytest.mark.parametrize("many", [0.0, 1.0])  # doubtful pairs by a float64 product of the block, or one by one
+@pytest.mark.parametrize("many", [0.0, 1.0])
 def test_what_float32_cannot_tell_is_decided_in_float64(monkeypatch, many):
     """Truths that differ by 1e-5: nearly every comparison is in doubt, and float32 alone gets some wrong."""
     monkeypatch.setattr(identification, "MANY", many)
@@ -84,7 +86,8 @@ def test_what_float32_cannot_tell_is_decided_in_float64(monkeypatch, many):
     base = random.normal(size=3000)
     truth, prediction = base + 1e-5 * random.normal(size=(50, 3000)), base + 0.1 * random.normal(size=(50, 3000))
     expected = by_corrcoef(truth, prediction)
-    np.testing.assert_array_equal(two_way(truth, prediction), expected)
+    for n_rows_batch in (7, 50):
+        np.testing.assert_array_equal(two_way(truth, prediction, n_rows_batch), expected)
     unit = [x - x.mean(1, keepdims=True) for x in (truth, prediction)]
     unit = [(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in unit]
     r = unit[0] @ unit[1].T
@@ -140,8 +143,8 @@ def test_two_way_errors():
         two_way(truth[:0], prediction[:0])
     with pytest.raises(ValueError, match="n_rows_batch is 0"):
         two_way(truth, prediction, 0)
-    flat = truth.copy()
-    flat[[2, 7]] = 0.1
+    flat = truth.astype(np.float64)
+    flat[[2, 7]] = 0.1  # its mean is not exactly 0.1
     with pytest.raises(ValueError, match=r"truth: 2 of 10 rows are constant.*first \[2, 7\].*leave them out"):
         two_way(flat, prediction)
     for value in (np.nan, np.inf):

@@ -50,6 +50,29 @@ def test_ssim_columns(pairs):
     ]
     np.testing.assert_allclose(ssim_columns(*pairs), expected, rtol=1e-9)
     assert not np.allclose(ssim_columns(*pairs), ssim(*pairs), atol=0.01)
+    # which is what today's scikit-image does when told that the last axis of a grey picture is channels
+    expected = [structural_similarity(rgb2gray(a), rgb2gray(b), channel_axis=-1, **WANG) for a, b in zip(*pairs)]
+    np.testing.assert_allclose(ssim_columns(*pairs), expected, rtol=1e-9)
+
+
+def test_ssim_columns_against_a_plain_loop(pairs):
+    """Every window of 11 pixels of every column, by the formula of Wang et al. 2004, and no library."""
+    window = [np.exp(-0.5 * (k / 1.5) ** 2) for k in range(-5, 6)]
+    window = [w / sum(window) for w in window]
+    for truth, prediction, score in zip(*pairs, ssim_columns(*pairs)):
+        x, y = (p.astype(float) / 255 @ [0.2125, 0.7154, 0.0721] for p in (truth, prediction))
+        scores = []
+        for column in range(x.shape[1]):
+            for top in range(x.shape[0] - 10):
+                a, b = x[top : top + 11, column], y[top : top + 11, column]
+                mean_a, mean_b = sum(window * a), sum(window * b)
+                var_a, var_b = sum(window * (a - mean_a) ** 2), sum(window * (b - mean_b) ** 2)
+                covariance = sum(window * (a - mean_a) * (b - mean_b))
+                scores.append(
+                    (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+                    / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+                )
+        assert score == pytest.approx(np.mean(scores), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", PIXEL_METRICS.values(), ids=PIXEL_METRICS)
