@@ -40,7 +40,7 @@ class Arguments:
     """Optimiser steps of 128 scenes with captions."""
     vae_steps: int = 1500
     """Optimiser steps of 24 scenes."""
-    diffusion_steps: int = 4400
+    diffusion_steps: int = 3000
     """Optimiser steps of 96 scenes."""
     n_scenes: int = 24_000
     """Scenes that the UNet sees; they are encoded once."""

@@ -260,12 +260,20 @@ class Stage2Config:
 class EvaluationConfig:
     """Scores of the test set."""
 
+    suites: tuple[Literal["mini", "brain_diffuser", "mindeye"], ...] = ("mini",)
+    """Sets of metrics: mini (pixels, and two-way identification by the mini CLIP), or those of Brain-Diffuser and of MindEye to
+    the last detail of size, filter and weights (nsdray/metrics/perceptual.py)."""
+    weights: str | None = None
+    """Folder of the suites' weight files. None: torchvision's and open_clip's caches."""
+    skip_missing: bool = False
+    """Leave out metrics whose weights are not there, and say so in the table, instead of stopping."""
     controls: bool = True
     """Also reconstruct and score without the brain's help: from the mean training targets, and the nearest training image."""
     n_bootstrap: int = 2000
     """Resamples of the test images behind each interval."""
 
     def __post_init__(self) -> None:
+        require(len(self.suites) > 0, "evaluation.suites is empty; choose mini, brain_diffuser or mindeye")
         require(self.n_bootstrap >= 2, f"evaluation.n_bootstrap is {self.n_bootstrap}, must be at least 2")
 
 

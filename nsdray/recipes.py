@@ -7,6 +7,7 @@ from nsdray.config import (
     ClipConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
     GRUConfig,
     RidgeConfig,
     Stage1Config,
@@ -36,6 +37,7 @@ def _nsd(name: str, model: str, n_layers: int) -> Config:
         targets=TargetsConfig(vdvae="imagenet64", n_layers=31),
         clip=ClipConfig(model="ViT-L-14"),
         stage2=Stage2Config(model="published", dtype="bfloat16"),
+        evaluation=EvaluationConfig(suites=("brain_diffuser", "mindeye")),
     )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from nsdray.config import Config, digest
+from nsdray.metrics.perceptual import Metric, find_suite
 from nsdray.mini import VERSATILE_DIFFUSION, weights_path
+from nsdray.models.backbones import weights_file as backbone_weights
 from nsdray.models.checkpoint import weights_file
 from nsdray.models.clip import CLIPConfig, published_checkpoint
 from nsdray.models.vdvae import VDVAEConfig
@@ -278,18 +280,45 @@ class Plan:
         names = ["stage2"] if model == "nearest" else self.picture_stages
         return {name: getattr(self, name)(model) for name in names}
 
+    @property
+    def suite_metrics(self) -> list[Metric]:
+        """Metrics of pictures, in the order of their suites."""
+        return [metric for suite in self.config.evaluation.suites for metric in find_suite(suite)]
+
+    def backbone_file(self, name: str) -> Path:
+        """Weight file of a metric's network; FileNotFoundError says where to get it."""
+        if name == "clip_mini":
+            return weights_path("clip")
+        if name == "clip_vit_l14" and self.config.clip.model == "ViT-L-14":
+            return self.clip_checkpoint
+        return backbone_weights(name, self.config.evaluation.weights)
+
+    @cached_property
+    def backbone_files(self) -> dict[str, Path]:
+        """Weight files of all networks that the suites need; those that are missing are left out if so configured."""
+        found = {}
+        for name in dict.fromkeys(metric.backbone for metric in self.suite_metrics if metric.backbone):
+            try:
+                found[name] = self.backbone_file(name)
+            except FileNotFoundError as error:
+                if not self.config.evaluation.skip_missing:
+                    raise FileNotFoundError(f"{error} Without it: --evaluation.skip-missing, or another suite.") from error
+        return found
+
+    @cached_property
+    def backbones_sha256(self) -> dict[str, str]:
+        return {name: file_digest(path) for name, path in self.backbone_files.items()}
+
     def features(self, pictures: Stage | None) -> Stage:
-        """CLIP's image embeddings of a stage of pictures; None: of the stimuli."""
+        """What the suites' networks make of a stage of pictures; None: of the stimuli."""
         name, source = (pictures.name.removeprefix("reconstructions/"), pictures.hash) if pictures else ("seen", "stimuli")
-        settings = without(self.config.clip, "checkpoint", "batch_size") | {"sha256": self.clip_sha256}
-        return self._stage(f"features/{name}", pictures=source, **settings)
+        suites = sorted(self.config.evaluation.suites)
+        return self._stage(f"features/{name}", pictures=source, suites=suites, sha256=self.backbones_sha256)
 
     def metrics(self, model: str) -> Stage:
         """Scores of the test images."""
         stages = [stage for source in (model, None) for stage in self.pictures_of(source).values()]
-        if self.has_stage2:
-            stages = [self.features(stage) for stage in stages]
-        return self._stage(f"metrics/{self._source(model)}", pictures=[stage.hash for stage in stages])
+        return self._stage(f"metrics/{self._source(model)}", features=[self.features(stage).hash for stage in stages])
 
     def tracked(self, name: str) -> Stage:
         """What has been written to MLflow."""
@@ -298,7 +327,7 @@ class Plan:
     @cached_property
     def report(self) -> Stage:
         """Table, picture grids and page of all models."""
-        settings = dataclasses.asdict(self.config.evaluation) | {"metrics": [self.metrics(name).hash for name in self.sources]}
+        settings = without(self.config.evaluation, "weights") | {"metrics": [self.metrics(name).hash for name in self.sources]}
         return self._stage(f"reports/{self.config.recipe}", **settings)
 
     @property

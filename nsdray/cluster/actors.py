@@ -21,6 +21,9 @@ from tqdm import tqdm
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, from_png, to_png
 from nsdray.generators.stage2 import refine_pictures
+from nsdray.metrics.perceptual import Metric, Preparation, passes, prepare
+from nsdray.models.backbones import features, load_backbone
+from nsdray.models.batching import padded_batches
 from nsdray.models.clip import CLIP, load_clip
 from nsdray.models.vdvae import VDVAE, VDVAEConfig, load_vdvae
 from nsdray.nsd.captions import load_captions
@@ -34,6 +37,7 @@ from nsdray.targets.vdvae_latents import vdvae_latents
 if TYPE_CHECKING:  # importing diffusers takes seconds
     from nsdray.models.versatile_diffusion import VersatileDiffusion
 
+N_FEATURES_BATCH = 16
 Rows = tuple[Stage, str, list[str]]
 """Where the targets of some test images lie: a stage, a partition, and the shards that hold them together, in order."""
 
@@ -42,8 +46,10 @@ class Replica:
     """The models of a configuration, each loaded by the first call that needs it, so that a bad checkpoint is that call's
     error."""
 
-    def __init__(self, config: Config, layout: NSDLayout, vdvae: Path, clip: Path | None, diffusion: Path | None):
-        self.config, self.layout = config, layout
+    def __init__(self, config: Config, layout: NSDLayout, vdvae: Path, clip: Path | None, diffusion: Path | None,
+                 backbones: dict[str, Path]):  # fmt: skip
+        self.config, self.layout, self.backbones = config, layout, backbones
+        self.loaded: dict[str, torch.nn.Module] = {}
         self.paths = {"vdvae": vdvae, "clip": clip, "diffusion": diffusion}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -153,15 +159,28 @@ class Replica:
             write_pictures(target, partition, part, "stage2", stimuli.read(nearest), 0, inputs)
 
     def embed(self, target: Stage, partition: str, part: Part, inputs: Inputs, source: Stage | None) -> None:
-        """CLIP's unit-length image embeddings of a part's pictures: those of source, or the stimuli."""
+        """What the suites' networks make of a part's pictures, those of source or the stimuli: a column per metric."""
         if source is None:
             pictures = self._seen(part)
         else:
             name = source.name.split("/")[1].split("-")[0]
             pictures = np.stack([from_png(cell.as_py()) for cell in source.read(partition, part.name, [name])[name]])
-        with self.precision(self.config.clip.dtype):
-            embeddings = vision_tokens(self.clip, pictures, self.config.clip.batch_size)[:, 0]
-        target.write(partition, part.name, table({"image_id": part.image_ids, "clip": embeddings}), inputs)
+        columns: dict[str, np.ndarray] = {}
+        for suite in self.config.evaluation.suites:
+            for (name, preparation), metrics in passes(suite).items():
+                if name in self.backbones:
+                    columns |= self._features(name, preparation, metrics, pictures)
+        target.write(partition, part.name, table({"image_id": part.image_ids} | columns), inputs)
+
+    def _features(self, name: str, preparation: Preparation, metrics: tuple[Metric, ...], pictures: np.ndarray) -> dict:
+        """One pass of a network over pictures."""
+        if name not in self.loaded:
+            self.loaded[name] = load_backbone(name, self.backbones[name], self.device)
+        nodes, batches = [metric.node for metric in metrics], []
+        for rows, n_valid in padded_batches(len(pictures), N_FEATURES_BATCH):
+            found = features(self.loaded[name], prepare(pictures[rows], preparation), nodes)
+            batches.append({node: values[:n_valid] for node, values in found.items()})
+        return {metric.name: np.concatenate([batch[metric.node] for batch in batches]) for metric in metrics}
 
 
 def write_tokens(target: Stage, partition: str, part: Part, tokens: np.ndarray, inputs: Inputs) -> None:
@@ -201,7 +220,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
     clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 else (None, None)
-    arguments = (plan.config, plan.layout, plan.vdvae_checkpoint, clip, diffusion)
+    arguments = (plan.config, plan.layout, plan.vdvae_checkpoint, clip, diffusion, plan.backbone_files)
     pool = ray.util.ActorPool([actor.remote(*arguments) for _ in range(n_replicas)])
     for call in calls:
         pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), call)

@@ -13,7 +13,6 @@ from nsdray.cluster.results import parent_key, start_runs, train_all_subjects
 from nsdray.cluster.tracking import start_tracker
 from nsdray.config import Config
 from nsdray.metrics.bootstrap import Estimate
-from nsdray.metrics.pixel import PIXEL_METRICS
 from nsdray.metrics.table import format_table
 from nsdray.report import Cell, Figure, Line, Row, Section, Table, line_chart
 from nsdray.stages import Plan
@@ -22,7 +21,6 @@ from nsdray.store import Stage
 LEVELS = (0.0, 8.0, 16.0, 32.0, 64.0, 256.0)
 """Factors of N(0, 1) noise on pictures in 0..255. The paper calls 256 pure noise; no picture at all is a row of its own."""
 WITHOUT = "no picture"
-METRICS = [*PIXEL_METRICS, "clip"]
 
 
 def noise_plans(config: Config) -> dict[str, Plan]:
@@ -59,17 +57,24 @@ def noise_sensitivity(plan: Plan) -> Stage:
     stage.finish(plan.report_partition, wanted)
     tracker = start_tracker(plan.store)
     start_runs(plan, tracker)
-    scores = {f"noise_{label.replace(' ', '_')}_{metric}": own[f"stage2/{metric}/matched"].mean
-              for label, own in estimates.items() for metric in METRICS}  # fmt: skip
+    scores = {f"noise_{label}_{metric}".replace(" ", "_").replace("/", "_"): own[f"stage2/{metric}/matched"].mean
+              for label, own in estimates.items() for metric in computed(estimates)}  # fmt: skip
     named = {f"noise-{name}" if name != "report.html" else name: data for name, data in files.items()}
     ray.get(tracker.log_result.remote(parent_key(plan), scores, {"noise": plan.store.uri(stage.folder)}, named))
     ray.get(tracker.close.remote("FINISHED"))
     return stage
 
 
+def computed(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    """Names of stage 2's metrics."""
+    names = next(iter(estimates.values()))
+    return [name.removeprefix("stage2/").removesuffix("/matched") for name in names
+            if name.startswith("stage2/") and name.endswith("/matched")]  # fmt: skip
+
+
 def noise_table(plan: Plan, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """The table as text."""
-    rows = [{"noise": label} | {metric: own[f"stage2/{metric}/matched"].mean for metric in METRICS}
+    rows = [{"noise": label} | {metric: own[f"stage2/{metric}/matched"].mean for metric in computed(estimates)}
             for label, own in estimates.items()]  # fmt: skip
     model = plan.config.models[0]
     return f"Stage 2 of {model} under noise on its stage-1 picture, {source_name(plan)}\n{format_table(rows)}\n"
@@ -77,10 +82,10 @@ def noise_table(plan: Plan, estimates: Mapping[str, Mapping[str, Estimate]]) -> 
 
 def noise_section(plan: Plan, estimates: Mapping[str, Mapping[str, Estimate]]) -> tuple[Section, bytes]:
     """The report's section, and its chart."""
-    rows, lines = [], {}
+    rows, lines, metrics = [], {}, computed(estimates)
     for label, own in estimates.items():
-        rows.append(Row([Cell(label), *(show(own[f"stage2/{metric}/matched"]) for metric in METRICS)]))
-    for metric in METRICS:
+        rows.append(Row([Cell(label), *(show(own[f"stage2/{metric}/matched"]) for metric in metrics)]))
+    for metric in metrics:
         values = [own[f"stage2/{metric}/matched"] for own in estimates.values()]
         lines[metric] = Line(np.arange(len(values)), *([getattr(v, part) for v in values] for part in ("mean", "low", "high")))
     curve = line_chart(lines, "noise added to the stage-1 picture (0–255)", "mean over test images", list(estimates))
@@ -88,4 +93,4 @@ def noise_section(plan: Plan, estimates: Mapping[str, Mapping[str, Estimate]]) -
         "N(0, 1) noise times the first column is added to the stage-1 picture in 0..255 and clipped; tokens stay as they are. "
         f"Stage 2 of {plan.config.models[0]}, {source_name(plan)}."
     ]
-    return Section("Noise sensitivity", text, [Table(["noise", *METRICS], rows)], [Figure(curve)]), curve
+    return Section("Noise sensitivity", text, [Table(["noise", *metrics], rows)], [Figure(curve)]), curve

@@ -11,8 +11,8 @@ import pandas as pd
 
 from nsdray.cluster import run
 from nsdray.metrics.bootstrap import Estimate, bootstrap, paired_difference
-from nsdray.metrics.pixel import PIXEL_METRICS
 from nsdray.metrics.table import LATENT_METRICS, format_table
+from nsdray.models.backbones import BACKBONES
 from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render
 from nsdray.seeds import rng
 from nsdray.stages import Fit, Plan, SubjectPlan
@@ -20,8 +20,6 @@ from nsdray.stages import Fit, Plan, SubjectPlan
 N_GRID_IMAGES = 12
 N_EXTREMES = 4
 LABELS = {"mean": "no brain (mean target)", "nearest": "nearest training image"}
-RANKED = "stage2/clip/matched", "stage1/pixcorr/matched"
-"""What best, median and worst images are chosen by: the first that there is."""
 
 
 def scores_of(subject: SubjectPlan, model: str) -> pd.DataFrame:
@@ -52,8 +50,7 @@ def summary(plan: Plan, model: str) -> dict[str, Estimate]:
 
 def table_columns(plan: Plan) -> list[str]:
     """"stage/metric" of the comparison, in order."""
-    semantic = ["clip"] if plan.has_stage2 else []
-    pictures = [f"{stage}/{metric}" for stage in plan.picture_stages for metric in [*PIXEL_METRICS, *semantic]]
+    pictures = [f"{stage}/{metric.name}" for stage in plan.picture_stages for metric in plan.suite_metrics]
     return [f"latents/{metric}" for metric in LATENT_METRICS] + pictures
 
 
@@ -78,8 +75,17 @@ def report_table(plan: Plan) -> str:
             line(model, "ceiling", means, "ceiling")
     source = "SIMULATED brain data" if plan.is_simulated else "NSD"
     title = f"Means over test images, {source}, {plan.config.n_layers} VDVAE layers; ±: half the 95 % interval"
-    notes = [f"{name}: {text}" for name, text in LABELS.items() if name in plan.sources]
+    notes = [*(f"{name}: {text}" for name, text in LABELS.items() if name in plan.sources), *metric_notes(plan)]
     return "\n".join([title, format_table(rows), *notes]) + "\n"
+
+
+def metric_notes(plan: Plan) -> list[str]:
+    """Which way is better, and what could not be computed."""
+    lower = [metric.name for metric in plan.suite_metrics if metric.direction == "lower"]
+    notes = [f"lower is better: latent errors{''.join(f', {name}' for name in lower)}; higher is better: all else"]
+    missing = [metric for metric in plan.suite_metrics if metric.backbone and metric.backbone not in plan.backbone_files]
+    notes += [f"{metric.name}: not computed, weights missing ({BACKBONES[metric.backbone].file})" for metric in missing]
+    return notes
 
 
 def show(estimate: Estimate | None) -> Cell:
@@ -104,10 +110,10 @@ def score_section(plan: Plan) -> Section:
         for pairing, label in (("chance", "chance (wrong pairs)"), ("ceiling", "ceiling (from the truth)")):
             if f"{columns[0]}/{pairing}" in first:
                 rows.append(Row([Cell(label), *(show(first.get(f"{name}/{pairing}")) for name in columns)], True))
-        tables.append(Table([stage, *(name.split("/")[1] for name in columns)], rows))
+        tables.append(Table([stage, *(name.split("/", 1)[1] for name in columns)], rows))
     text = [
         "Means over test images and subjects; below them the 95 % interval, from resampling images with all their subjects.",
-        "Latent errors: lower is better; all else: higher is better. clip: two-way identification by CLIP's embedding.",
+        *metric_notes(plan),
     ]
     return Section("Scores", text, [*tables, *difference_tables(plan), *subject_tables(plan)])
 
@@ -187,14 +193,16 @@ def picture_section(subject: SubjectPlan) -> Section:
     plan, model = subject.plan, subject.plan.config.models[0]
     scores = {"/".join(key): group["value"].to_numpy() for key, group in
               scores_of(subject, model).groupby(["stage", "metric", "pairing"], observed=True, sort=False)}  # fmt: skip
-    name = next(name for name in RANKED if name in scores)
+    names = [f"{plan.picture_stages[-1]}/{metric.name}/matched" for metric in plan.suite_metrics]
+    semantic = [name for name, metric in zip(names, plan.suite_metrics) if metric.comparison == "two_way"]
+    name = next(name for name in [*semantic, *names] if name in scores)
     order, n = np.argsort(-scores[name], kind="stable"), len(scores[name])
     k = min(N_EXTREMES, n)
     middle = max(0, n // 2 - k // 2)
     chosen = {"best": order[:k], "median": order[middle : middle + k], "worst": order[-k:],
               "random": rng(plan.config.seed, "report", subject.subject).permutation(n)[:k]}  # fmt: skip
     figures = [Figure(png(picture_grid(columns_of(subject, rows), f"{label} of {n}")), label) for label, rows in chosen.items()]
-    stage, metric, _ = name.split("/")
+    stage, _, metric = name.removesuffix("/matched").partition("/")
     text = [f"Best, median and worst by {metric} of {model}'s {stage}; random ones whatever their score."]
     return Section(f"Subject {subject.subject}", text, figures=figures, side_by_side=True)
 

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from nsdray.cluster import run
 from nsdray.cluster.report import mean_scores, report_file, summary, write_report
 from nsdray.cluster.tracking import start_tracker, tracking_uri
+from nsdray.config import digest
+from nsdray.metrics.published import PUBLISHED
 from nsdray.stages import Fit, Plan, SubjectPlan
-from nsdray.store import Inputs
+from nsdray.store import Inputs, Store
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
 
@@ -36,18 +38,47 @@ def train_all_subjects(plan: Plan) -> None:
         run.evaluate_test_sets(plan)
         write_report(plan)
         track_results(plan, tracker)
+        track_published(plan, tracker)
     except BaseException:
         ray.get(tracker.close.remote("FAILED"))
         raise
     ray.get(tracker.close.remote("FINISHED"))
 
 
-def run_inputs(subject: SubjectPlan) -> Inputs:
-    """What run.json is made from: the results, and the MLflow that they were written to."""
-    uri = tracking_uri(subject.plan.store)
+def mlflow_inputs(store: Store) -> Inputs:
+    """The MLflow that results were written to."""
+    uri = tracking_uri(store)
     database = Path(uri.removeprefix("sqlite:///"))
     gone = uri.startswith("sqlite:///") and not database.exists()
-    return subject.inputs | {"mlflow": uri, "database": "gone" if gone else "there"}
+    return {"mlflow": uri, "database": "gone" if gone else "there"}
+
+
+def run_inputs(subject: SubjectPlan) -> Inputs:
+    """What run.json is made from: the results, and the MLflow that they were written to."""
+    return subject.inputs | mlflow_inputs(subject.plan.store)
+
+
+def track_published(plan: Plan, tracker: Any) -> None:
+    """Log the published figures once, each as a run tagged source=published, under the names that ours have."""
+    records = [dataclasses.asdict(record) for record in PUBLISHED]
+    stage, wanted = plan.store.stage("runs/published", {"records": records}), {"run.json": mlflow_inputs(plan.store)}
+    if not stage.missing("all", wanted):
+        return
+    for record in PUBLISHED:
+        subjects = "-".join(map(str, record.subjects))
+        layers = f" {record.n_layers} layers" if record.n_layers else ""
+        noise = "" if record.noise_amplitude is None else f", noise {record.noise_amplitude:g}"
+        name = f"published: {record.system}{layers}, subjects {subjects}{noise} (NSD)"
+        key = f"published/{digest(dataclasses.asdict(record))}"
+        params = {"system": record.system, "subject": subjects, "n_layers": record.n_layers, "reference": record.source}
+        tags = {"source": "published", "data": "nsd", "caution": record.caution}
+        ray.get(tracker.start.remote(key, name, params, tags))
+        scores = {("stage2_" if "/" in metric else "latents_") + metric.replace("/", "_"): value
+                  for metric, value in record.values.items()}  # fmt: skip
+        ray.get(tracker.log_result.remote(key, scores, {}, {}))
+    stage.claim()
+    plan.store.write_bytes(f"{stage.folder}/all/run.json", b"{}")
+    stage.finish("all", wanted)
 
 
 def untracked(plan: Plan) -> list[tuple[SubjectPlan, str]]:

@@ -20,7 +20,7 @@ from nsdray.cluster.data import read_samples, read_targets, write_samples, write
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
-from nsdray.metrics.table import LATENT_METRICS, identification_scores, picture_scores
+from nsdray.metrics.table import LATENT_METRICS, feature_scores, picture_scores
 from nsdray.nsd.stimuli import Stimuli
 from nsdray.stages import KINDS, ROWS_PER_PICTURES, Fit, Part, Plan, SubjectPlan
 from nsdray.store import Inputs, Stage, local_folder, table, view_column
@@ -260,9 +260,7 @@ def rows_of(subject: SubjectPlan, model: str | None, kind: str) -> Rows:
 
 
 def embed_test_sets(plan: Plan) -> None:
-    """CLIP's image embeddings of what was seen and of every picture."""
-    if not plan.has_stage2:
-        return
+    """What the suites' networks make of what was seen and of every picture, each once."""
     found = {}
     for subject in plan.subjects:
         partition, wanted = subject.pictures(None)
@@ -277,7 +275,7 @@ def embed_test_sets(plan: Plan) -> None:
         for part in Part.split(subject.image_ids("test"), ROWS_PER_PICTURES)
         if part.name in missing[stage.folder, partition]
     ]
-    run_replicas(plan, calls, "embed pictures")
+    run_replicas(plan, calls, "features")
     finish([partition for _, _, partition in found.values()])
 
 
@@ -297,11 +295,11 @@ def decoded_pictures(subject: SubjectPlan, model: str | None, stage: str = "stag
         return enlarge(np.stack([from_png(cell.as_py()) for cell in cells]), stimuli.shape)
 
 
-def embeddings(subject: SubjectPlan, pictures: Stage | None, model: str | None) -> np.ndarray:
-    """CLIP's embeddings of the test images' pictures, or of the stimuli, (n, embed_dim)."""
+def read_features(subject: SubjectPlan, pictures: Stage | None, model: str | None, metric: str) -> np.ndarray:
+    """A metric's features of the test images' pictures, or of the stimuli, (n, n_features)."""
     partition, wanted = subject.pictures(model)
     stage = subject.plan.features(pictures)
-    return np.concatenate([view_column(stage.read(partition, shard, ["clip"]), "clip") for shard in wanted])
+    return np.concatenate([view_column(stage.read(partition, shard, [metric]), metric) for shard in wanted])
 
 
 def prediction_scores(subject: SubjectPlan, model: str) -> list[tuple[str, str, str, np.ndarray]]:
@@ -320,10 +318,13 @@ def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     seen = seen_pictures(subject)
     for stage in plan.pictures_of(model):
         pictures = [decoded_pictures(subject, source, stage) for source in (model, None)]
-        scores += [(stage, *score) for score in picture_scores(seen, *pictures)]
-        if plan.has_stage2:
-            features = [embeddings(subject, plan.pictures_of(m)[stage], m) for m in (model, None)]
-            scores += [(stage, *score) for score in identification_scores(embeddings(subject, None, None), *features)]
+        for suite in plan.config.evaluation.suites:
+            scores += [(stage, *score) for score in picture_scores(suite, seen, *pictures)]
+        for metric in plan.suite_metrics:
+            if metric.backbone in plan.backbone_files:
+                features = [read_features(subject, plan.pictures_of(m)[stage], m, metric.name) for m in (model, None)]
+                truth = read_features(subject, None, None, metric.name)
+                scores += [(stage, *score) for score in feature_scores(metric, truth, *features)]
     columns = {
         "image_id": np.concatenate([image_ids for _ in scores]),
         "stage": [stage for stage, _, _, values in scores for _ in values],

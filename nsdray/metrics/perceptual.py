@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from nsdray.metrics.identification import centred, checked_pair, refuse_constant, two_way
 from nsdray.metrics.pixel import PIXEL_METRICS
+from nsdray.models.clip import MEAN, STD
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+CLIP = (MEAN, STD)
 PIL_FILTERS = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_bicubic": Image.Resampling.BICUBIC}
 TENSOR_BILINEAR = "tensor_bilinear"
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nsdray.metrics.identification import two_way
-from nsdray.metrics.pixel import PIXEL_METRICS
+from nsdray.metrics.perceptual import Metric, compare, pixel_scores
 from nsdray.seeds import rng
 
 LATENT_METRICS = ("latent_mse", "latent_mae")
@@ -37,8 +36,8 @@ def latent_scores(truth: np.ndarray, prediction: np.ndarray) -> Iterator[Score]:
         yield name, "chance", np.mean(wrong, 0)
 
 
-def picture_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
-    """Pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the VDVAE gives them from true latents.
+def picture_scores(suite: str, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
+    """A suite's pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the models give them from the truth.
 
     Chance: the decoded pictures against other images, over at most 5 wrong pairings (fewer for large test sets, where one
     is precise enough).
@@ -46,24 +45,24 @@ def picture_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) 
     pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
     everyone = np.arange(len(seen))
 
-    def score(metric, rows: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    def scored(rows: np.ndarray, decoded: np.ndarray) -> dict[str, np.ndarray]:
         batches = np.array_split(everyone, -(-len(seen) // N_IMAGES_BATCH))  # NSD's pictures are large
-        return np.concatenate([metric(seen[rows[batch]], decoded[batch]) for batch in batches])
+        parts = [dict(pixel_scores(suite, seen[rows[batch]], decoded[batch])) for batch in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    for name, metric in PIXEL_METRICS.items():
-        yield name, "matched", score(metric, everyone, pictures)
-        yield name, "chance", np.mean([score(metric, other, pictures) for other in pairings], 0)
-        yield name, "ceiling", score(metric, everyone, ceiling)
+    chance = [scored(other, pictures) for other in pairings]
+    found = {"matched": scored(everyone, pictures), "ceiling": scored(everyone, ceiling)}
+    found["chance"] = {name: np.mean([wrong[name] for wrong in chance], 0) for name in chance[0]}
+    for pairing, scores in found.items():
+        yield from ((name, pairing, values) for name, values in scores.items())
 
 
-def identification_scores(seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
-    """Two-way identification by CLIP's image embeddings (n, embed_dim): as seen, as decoded, and of the ceiling's pictures.
-
-    Chance: 0.5, here of pictures that are paired wrongly.
-    """
-    yield "clip", "matched", two_way(seen, pictures)
-    yield "clip", "chance", np.mean([two_way(seen[other], pictures) for other in wrong_pairings(len(seen))], 0)
-    yield "clip", "ceiling", two_way(seen, ceiling)
+def feature_scores(metric: Metric, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
+    """A metric of features (n, n_features): as seen, as decoded, and of the ceiling's pictures. Chance: wrong pairs."""
+    yield metric.name, "matched", compare(metric, seen, pictures)
+    pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
+    yield metric.name, "chance", np.mean([compare(metric, seen[other], pictures) for other in pairings], 0)
+    yield metric.name, "ceiling", compare(metric, seen, ceiling)
 
 
 def format_table(rows: list[dict[str, object]]) -> str:

@@ -23,6 +23,7 @@ from nsdray.config import ClusterConfig, DataConfig, StoreConfig
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
 from nsdray.metrics.pixel import pixcorr
+from nsdray.metrics.published import PUBLISHED
 from nsdray.models.clip import CLIPConfig, load_clip
 from nsdray.models.vdvae import VDVAEConfig, load_vdvae
 from nsdray.models.versatile_diffusion import load_versatile_diffusion
@@ -110,6 +111,21 @@ def test_other_settings_of_stage2_redo_stage2_only(finished):
     assert not plan.stage2("gru").missing(*subject.pictures("gru"))
 
 
+def test_a_suite_without_its_weights(finished, tmp_path, monkeypatch):
+    evaluation = replace(finished.config.evaluation, suites=("mini", "brain_diffuser"), weights=str(tmp_path), controls=False)
+    message = "alexnet: its weights alexnet-.* are not in .* Without it: --evaluation.skip-missing"
+    with pytest.raises(FileNotFoundError, match=message):
+        Plan(replace(finished.config, evaluation=evaluation)).metrics("ridge")
+    plan = Plan(replace(finished.config, models=("ridge",), evaluation=replace(evaluation, skip_missing=True)))
+    run.embed_test_sets(plan)
+    run.evaluate_test_sets(plan)
+    text = report.report_table(plan)
+    assert "brain_diffuser/alexnet2: not computed, weights missing (alexnet-" in text
+    means, before = (report.mean_scores(p.subjects[0], "ridge") for p in (plan, finished))
+    assert means["stage2/mini/clip/matched"] == before["stage2/mini/clip/matched"]
+    assert 0 < means["stage2/brain_diffuser/ssim_columns/matched"] < 1 and "stage2/brain_diffuser/alexnet2/matched" not in means
+
+
 def test_a_killed_replica_is_replaced_and_its_shard_done_again(finished):
     subject, stage = finished.subjects[0], finished.stage2("ridge")
     partition, wanted = subject.pictures("ridge")
@@ -145,14 +161,19 @@ def test_decoder_refuses_bad_betas(finished):
 def test_mlflow_has_a_run_per_subject_and_model(finished):
     client = MlflowClient(tracking_uri(finished.store))
     experiment = client.get_experiment_by_name("nsdray")
-    runs = client.search_runs([experiment.experiment_id])
+    everything = client.search_runs([experiment.experiment_id], max_results=1000)
+    published = [r for r in everything if r.data.tags.get("source") == "published"]
+    runs = [r for r in everything if r not in published]
+    assert len(published) == len(PUBLISHED) and all(r.data.tags["data"] == "nsd" for r in published)
+    paper = next(r for r in published if r.info.run_name == "published: GRU 15 layers, subjects 1-2-5-7 (NSD)")
+    assert paper.data.metrics["stage2_brain_diffuser_ssim_columns"] == 0.361
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
     assert len(runs) == 5 and len(children) == 4
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
     means = report.mean_scores(finished.subjects[0], "gru")
-    assert gru.data.metrics["stage1_pixcorr"] == pytest.approx(means["stage1/pixcorr/matched"])
+    assert gru.data.metrics["stage1_mini_pixcorr"] == pytest.approx(means["stage1/mini/pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
 
