@@ -4,6 +4,9 @@
 ``(n_voxels, n_targets)`` that maps z-scored betas (n_samples, n_voxels) to standardised targets (n_samples, n_targets).
 Ridge regression is not among them: it is closed form, needs no training loop, and lives in `nsdray.regressors.ridge`.
 """
+from nsdray.regressors.conv import ConvRegressor
 from nsdray.regressors.gru import GRURegressor
+from nsdray.regressors.mlp import MLPRegressor
+from nsdray.regressors.transformer import TransformerRegressor
 
-REGRESSORS = {"gru": GRURegressor}
+REGRESSORS = {"gru": GRURegressor, "conv": ConvRegressor, "transformer": TransformerRegressor, "mlp": MLPRegressor}

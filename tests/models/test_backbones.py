@@ -145,12 +145,13 @@ def test_random_networks_are_seeded_and_leave_the_global_state():
     first, again, other = (random_backbone("efficientnet_b1_v1", seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     x = images(1, 64)
+    assert not any(m.training for m in first.modules()) and not any(p.requires_grad for p in first.parameters())
     a, b, c = (features(network, x, ["avgpool"])["avgpool"] for network in (first, again, other))
     np.testing.assert_array_equal(a, b)
     assert not np.allclose(a, c)
 
 
-def test_files_are_torchvisions_own():
+def test_files_are_torchvisions_own_and_nodes_the_references():
     assert {name: BACKBONES[name].file for name in SIZES} == {
         "alexnet": "alexnet-owt-7be5be79.pth",
         "inception_v3": "inception_v3_google-0cc3c7bd.pth",
@@ -158,6 +159,8 @@ def test_files_are_torchvisions_own():
         "efficientnet_b1_v2": "efficientnet_b1-c27df63c.pth",
         "swav_resnet50": "swav_800ep_pretrain.pth.tar",
     }
+    nodes = {name: ("avgpool",) for name in SIZES} | {"alexnet": ("features.4", "features.11")}
+    assert {name: BACKBONES[name].nodes for name in SIZES} == nodes
     assert all(name == backbone.name for name, backbone in BACKBONES.items())
 
 
