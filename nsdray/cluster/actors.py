@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -221,13 +222,26 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     actor = ray.remote(Replica).options(**resources, **retries)
     clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 else (None, None)
     arguments = (plan.config, plan.layout, plan.vdvae_checkpoint, clip, diffusion, plan.backbone_files)
-    pool = ray.util.ActorPool([actor.remote(*arguments) for _ in range(n_replicas)])
-    for call in calls:
-        pool.submit(lambda replica, value: getattr(replica, value[0]).remote(*value[1]), call)
+    idle, running, waiting = [actor.remote(*arguments) for _ in range(n_replicas)], {}, list(calls)
+    totals, done = Counter(partition_of(call) for call in calls), Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
-        while pool.has_next():
-            pool.get_next_unordered()
-            progress.update()
+        while waiting or running:
+            while idle and waiting:
+                replica, call = idle.pop(), waiting.pop(0)
+                running[getattr(replica, call[0]).remote(*call[1])] = replica, call
+            for finished in ray.wait(list(running))[0]:
+                replica, call = running.pop(finished)
+                ray.get(finished)
+                idle.append(replica)
+                done[partition_of(call)] += 1
+                progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
+                progress.update()
+
+
+def partition_of(call: tuple[str, tuple[Any, ...]]) -> str:
+    """Whose shard a call writes, for the progress bar: a subject's, or the shared test set's."""
+    folder = call[1][1].split("/")[0]
+    return folder if folder.startswith("subject=") else "shared"
 
 
 def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int) -> tuple[int, dict[str, float]]:

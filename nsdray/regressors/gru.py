@@ -24,9 +24,9 @@ class GRURegressor(nn.Module):
         super().__init__()
         for name, value in {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden}.items():
             if value < 1:
-                raise ValueError(f"GRURegressor: {name} is {value}, must be at least 1")
+                raise ValueError(f"{type(self).__name__}: {name} is {value}, must be at least 1")
         if not 0 <= dropout < 1:
-            raise ValueError(f"GRURegressor: dropout is {dropout}, must be in [0, 1)")
+            raise ValueError(f"{type(self).__name__}: dropout is {dropout}, must be in [0, 1)")
         self.n_voxels = n_voxels
         self.gru1 = nn.GRU(n_voxels, hidden, batch_first=True, bidirectional=True)
         self.norm1 = nn.LayerNorm(2 * hidden)
