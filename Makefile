@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/'
 
-demo: install    ## decode four simulated subjects, end to end: tables, pictures, MLflow
+demo: install    ## decode four simulated subjects, end to end: pictures, scores, report, MLflow
 	$(BIN)/python jobs/train_all_subjects.py
 
 test: install    ## all tests
@@ -20,6 +20,7 @@ bench: install   ## benchmarks: every figure is a ratio measured side by side
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/vdvae.py
+	$(BIN)/python benchmarks/versatile_diffusion.py
 
 ui: install      ## MLflow's comparison of all runs, on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \
