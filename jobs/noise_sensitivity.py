@@ -3,21 +3,19 @@
     python jobs/noise_sensitivity.py                                  # miniature NSD (SIMULATED)
     python jobs/noise_sensitivity.py gru-15 --data.nsd-root /data/nsd --data.subjects 1
 
-Table, chart and the report with both; what comes before is brought up to date first, finished levels are skipped.
+Table and chart go into the run's report; what comes before is brought up to date first, finished levels are skipped.
 """
 from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.noise import noise_sensitivity
+from nsdray.cluster.results import noise_sensitivity
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    stage = noise_sensitivity(plan)
-    folder = f"{stage.folder}/{plan.report_partition}"
-    print(f"\n{plan.store.read_bytes(f'{folder}/table.txt').decode()}")
-    print(f"report: {plan.store.uri(folder)}/report.html")
+    print(f"\n{noise_sensitivity(plan)}")
+    print(f"report: {plan.report.uri(plan.report_partition)}/report.html")
 
 
 if __name__ == "__main__":

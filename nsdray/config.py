@@ -271,9 +271,19 @@ class EvaluationConfig:
     """Also reconstruct and score without the brain's help: from the mean training targets, and the nearest training image."""
     n_bootstrap: int = 2000
     """Resamples of the test images behind each interval."""
+    seeds: tuple[int, ...] = ()
+    """Further seeds (as --seed) to do everything with, so that the spread over trainings stands beside the intervals."""
+    images: str | None = None
+    """Reconstructions made elsewhere, to score instead of nsdray's (jobs/evaluate.py --images): a folder of pictures, one per
+    test image, or a .pt or .npy file of all; {subject} in the name stands for the subject's number."""
+    order: Literal["auto", "image_id", "first_seen", "sorted"] = "auto"
+    """What these pictures are named or ordered by. image_id: 0-based 73k ids. first_seen: 0, 1, … in the order in which the
+    subject first saw the test images (Brain-Diffuser). sorted: in ascending order of image_id (MindEye2). auto: image_id if the
+    file names are these, else first_seen; sorted for a file."""
 
     def __post_init__(self) -> None:
         require(len(self.suites) > 0, "evaluation.suites is empty; choose mini, brain_diffuser or mindeye")
+        require(len(set(self.seeds)) == len(self.seeds), f"evaluation.seeds names a seed twice: {self.seeds}")
         require(self.n_bootstrap >= 2, f"evaluation.n_bootstrap is {self.n_bootstrap}, must be at least 2")
 
 
@@ -332,6 +342,16 @@ class Config:
             "set --targets.n-layers at least as high",
         )
         require(len(self.models) > 0, "models is empty; choose ridge, gru or both")
+        require(
+            self.seed not in self.evaluation.seeds,
+            f"evaluation.seeds holds {self.seed}, which is the seed itself; name further ones",
+        )
+        images, several = self.evaluation.images, len(self.data.subjects) > 1
+        require(
+            not (images and several) or "{subject" in images,
+            f"{images} would be scored for each of the subjects {self.data.subjects}: choose one by --data.subjects, or say "
+            "where each one's are by {subject}, as in results/subj{subject:02d}",
+        )
         require(
             self.stage2.model == "none" or (self.stage2.model == "mini") == (self.clip.model == "mini"),
             f"stage2.model is {self.stage2.model}, but clip.model is {self.clip.model}: Versatile Diffusion looks at the tokens "

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from nsdray.metrics.bootstrap import Estimate
+
 MARGIN, HEADER = 6, 26
 COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#b8860b", "#7a4fbf", "#4a5568")  # told apart by people who see no red or green
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -21,6 +23,13 @@ class Cell:
 
     text: str
     note: str = ""
+
+
+def show(estimate: Estimate | None) -> Cell:
+    """A mean with its interval; a dash for None."""
+    if estimate is None:
+        return Cell("–")
+    return Cell(f"{estimate.mean:.3f}", f"{estimate.low:.3f} … {estimate.high:.3f}")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from nsdray.config import Config, digest
+from nsdray.metrics.foreign import ForeignPictures, find_pictures
 from nsdray.metrics.perceptual import Metric, find_suite
+from nsdray.metrics.table import N_POOL
 from nsdray.mini import VERSATILE_DIFFUSION, weights_path
 from nsdray.models.backbones import weights_file as backbone_weights
 from nsdray.models.checkpoint import weights_file
 from nsdray.models.clip import CLIPConfig, published_checkpoint
 from nsdray.models.vdvae import VDVAEConfig
 from nsdray.nsd.betas import session_shape
-from nsdray.nsd.design import Trials, protocol_sessions, trials
+from nsdray.nsd.design import Trials, planned_trials, protocol_sessions, trials
 from nsdray.nsd.layout import CAPTION_SPLITS, NSDLayout
 from nsdray.nsd.rois import Voxels, load_voxels
 from nsdray.nsd.simulate import simulate_nsd
@@ -37,6 +39,8 @@ KINDS = ("vdvae", "clip_vision", "clip_text")
 CONTROLS = ("mean", "nearest")
 """What decodes without the brain's help: the mean training target, whatever the betas; and the training image whose embedding
 is nearest to the predicted one."""
+IMAGES = "images"
+"""Reconstructions made elsewhere: as a model, and as the stage of its pictures."""
 ROWS_PER_PICTURES = 64
 """Test images per shard of pictures: the unit that a replica works on and that a restart may lose."""
 
@@ -161,6 +165,18 @@ class Plan:
         files += [weights_file(self.diffusion_folder / part) for part in ("image_unet", "text_unet", "vae")]
         return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
+    @cached_property
+    def replicates(self) -> list[Plan]:
+        """The same with the other seeds."""
+        own = self.config.evaluation
+        evaluation = dataclasses.replace(own, seeds=(), controls=False)
+        return [Plan(dataclasses.replace(self.config, seed=seed, evaluation=evaluation)) for seed in own.seeds]
+
+    @property
+    def is_referee(self) -> bool:
+        """Whether reconstructions made elsewhere are scored."""
+        return self.config.evaluation.images is not None
+
     @property
     def has_stage2(self) -> bool:
         return self.config.stage2.model != "none"
@@ -178,11 +194,16 @@ class Plan:
         return [Fit(model, "vdvae") for model in self.config.models] + [Fit("ridge", kind) for kind in self.kinds[1:]]
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """What is compared."""
+        return (IMAGES,) if self.is_referee else self.config.models
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """What gives pictures: the models, then the controls."""
-        if not self.config.evaluation.controls:
-            return self.config.models
-        return (*self.config.models, *(c for c in CONTROLS if c == "mean" or "clip_vision" in self.kinds))
+        if self.is_referee or not self.config.evaluation.controls:
+            return self.models
+        return (*self.models, *(c for c in CONTROLS if c == "mean" or "clip_vision" in self.kinds))
 
     def columns(self, kind: str) -> list[str]:
         """Target columns that are predicted."""
@@ -263,21 +284,33 @@ class Plan:
             settings[kind] = (self.predictions(self.token_fit(model, kind)) if model else self.targets(kind)).hash
         return self._stage(f"reconstructions/stage2-{self._source(model)}", **settings)
 
+    def images(self, model: str | None) -> Stage:
+        """Pictures made elsewhere."""
+        assert model == IMAGES
+        evaluation = self.config.evaluation
+        return self._stage(f"reconstructions/{IMAGES}", source=evaluation.images, order=evaluation.order)
+
     def token_fit(self, model: str, kind: str) -> Fit:
         """What predicts the tokens beside a model's latents: ridge, whatever the model, but for the control."""
         return Fit("mean" if model == "mean" else "ridge", kind)
 
     def _source(self, model: str | None) -> str:
+        if model == IMAGES:
+            return IMAGES
         return f"{model}-{self.config.n_layers}" if model else "truth"
 
     @property
     def picture_stages(self) -> list[str]:
         """Methods of this class that give a stage of pictures."""
+        if self.is_referee:
+            return [IMAGES]
         return ["stage1", "stage2"] if self.has_stage2 else ["stage1"]
 
     def pictures_of(self, model: str | None) -> dict[str, Stage]:
-        """All stages of pictures that a model (or a control) has, by name."""
+        """All stages of pictures that a model (or a control) has, by name; None: those from the truth."""
         names = ["stage2"] if model == "nearest" else self.picture_stages
+        if model is None and self.is_referee:
+            return {}
         return {name: getattr(self, name)(model) for name in names}
 
     @property
@@ -318,7 +351,8 @@ class Plan:
     def metrics(self, model: str) -> Stage:
         """Scores of the test images."""
         stages = [stage for source in (model, None) for stage in self.pictures_of(source).values()]
-        return self._stage(f"metrics/{self._source(model)}", features=[self.features(stage).hash for stage in stages])
+        features = [self.features(stage).hash for stage in stages]
+        return self._stage(f"metrics/{self._source(model)}", features=features, n_pool=N_POOL)
 
     def tracked(self, name: str) -> Stage:
         """What has been written to MLflow."""
@@ -328,7 +362,7 @@ class Plan:
     def report(self) -> Stage:
         """Table, picture grids and page of all models."""
         settings = without(self.config.evaluation, "weights") | {"metrics": [self.metrics(name).hash for name in self.sources]}
-        return self._stage(f"reports/{self.config.recipe}", **settings)
+        return self._stage(f"reports/{IMAGES if self.is_referee else self.config.recipe}", **settings)
 
     @property
     def report_partition(self) -> str:
@@ -380,8 +414,11 @@ class SubjectPlan:
     @cached_property
     def trials(self) -> Trials:
         """All trials of the protocol's sessions."""
+        layout = self.plan.layout
+        if self.plan.is_referee and not layout.betas_path(self.subject).is_dir():
+            return planned_trials(layout, self.subject, self.plan.config.data.protocol)
         counts = {number: session_shape(path)[0] for number, path in self.sessions.items()}
-        return trials(self.plan.layout, self.subject, list(self.sessions), counts)
+        return trials(layout, self.subject, list(self.sessions), counts)
 
     def image_ids(self, split: str) -> np.ndarray:
         """Images of a split, "train" or "test", in the order of their first appearance; int32 (n_images,)."""
@@ -404,7 +441,10 @@ class SubjectPlan:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """What everything from the samples on is made from: the subject's betas and the stimuli."""
+        """What everything from the samples on is made from: the subject's betas and the stimuli; or the pictures that others
+        made, and the stimuli."""
+        if self.plan.is_referee:
+            return {"images": self.foreign.digest, "stimuli_bytes": file_size(self.plan.layout.stimuli)}
         return {"betas": digest(self.betas_wanted), "stimuli_bytes": file_size(self.plan.layout.stimuli)}
 
     def wanted(self, split: str = "test") -> dict[str, Inputs]:
@@ -431,6 +471,13 @@ class SubjectPlan:
         sizes = {f"captions_{split}_bytes": path.stat().st_size for split, path in files.items() if path.is_file()}
         return {"stim_info_bytes": file_size(layout.stim_info)} | sizes
 
+    @cached_property
+    def foreign(self) -> ForeignPictures:
+        """The reconstructions made elsewhere."""
+        evaluation = self.plan.config.evaluation
+        path = Path(evaluation.images.format(subject=self.subject)).expanduser().resolve()
+        return find_pictures(path, self.image_ids("test"), evaluation.order)
+
     def pictures(self, model: str | None) -> tuple[str, dict[str, Inputs]]:
         """Partition and shards of a model's pictures; model None: of those from the truth, shared by all who saw the same.
 
@@ -443,7 +490,7 @@ class SubjectPlan:
 
     @property
     def _truth(self) -> Inputs:
-        captions = self._captions if "clip_text" in self.plan.kinds else {}
+        captions = self._captions if "clip_text" in self.plan.kinds and not self.plan.is_referee else {}
         return captions | {"images": digest(self.image_ids("test").tolist())}
 
     def run_key(self, model: str) -> str:

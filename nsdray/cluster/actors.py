@@ -47,7 +47,7 @@ class Replica:
     """The models of a configuration, each loaded by the first call that needs it, so that a bad checkpoint is that call's
     error."""
 
-    def __init__(self, config: Config, layout: NSDLayout, vdvae: Path, clip: Path | None, diffusion: Path | None,
+    def __init__(self, config: Config, layout: NSDLayout, vdvae: Path | None, clip: Path | None, diffusion: Path | None,
                  backbones: dict[str, Path]):  # fmt: skip
         self.config, self.layout, self.backbones = config, layout, backbones
         self.loaded: dict[str, torch.nn.Module] = {}
@@ -220,8 +220,9 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
-    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 else (None, None)
-    arguments = (plan.config, plan.layout, plan.vdvae_checkpoint, clip, diffusion, plan.backbone_files)
+    vdvae = None if plan.is_referee else plan.vdvae_checkpoint
+    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 and vdvae else (None, None)
+    arguments = (plan.config, plan.layout, vdvae, clip, diffusion, plan.backbone_files)
     idle, running, waiting = [actor.remote(*arguments) for _ in range(n_replicas)], {}, list(calls)
     totals, done = Counter(partition_of(call) for call in calls), Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:

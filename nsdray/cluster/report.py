@@ -7,51 +7,21 @@ import platform
 from importlib.metadata import version
 
 import numpy as np
-import pandas as pd
 
 from nsdray.cluster import run
-from nsdray.metrics.bootstrap import Estimate, bootstrap, paired_difference
-from nsdray.metrics.table import LATENT_METRICS, format_table
+from nsdray.cluster.noise import noise_section
+from nsdray.cluster.scores import mean_scores, pooled, scores_of, source_name, spread_over_seeds, summary, table_columns
+from nsdray.metrics.bootstrap import bootstrap, paired_difference
+from nsdray.metrics.published import PUBLISHED
+from nsdray.metrics.table import N_POOL, format_table
 from nsdray.models.backbones import BACKBONES
-from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render
+from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render, show
 from nsdray.seeds import rng
-from nsdray.stages import Fit, Plan, SubjectPlan
+from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
 
 N_GRID_IMAGES = 12
 N_EXTREMES = 4
 LABELS = {"mean": "no brain (mean target)", "nearest": "nearest training image"}
-
-
-def scores_of(subject: SubjectPlan, model: str) -> pd.DataFrame:
-    """All scores of a subject's test set: stage, metric, pairing, image_id, value."""
-    return subject.plan.metrics(model).read(subject.folder, "scores.parquet").to_pandas()
-
-
-def mean_scores(subject: SubjectPlan, model: str) -> dict[str, float]:
-    """Mean over test images, by "stage/metric/pairing"."""
-    means = scores_of(subject, model).groupby(["stage", "metric", "pairing"], observed=True)["value"].mean()
-    return {"/".join(key): float(value) for key, value in means.items()}
-
-
-def pooled(plan: Plan, model: str) -> dict[str, np.ndarray]:
-    """Scores of the images that all subjects saw, by "stage/metric/pairing": (n_images, n_subjects) each."""
-    keys = ["stage", "metric", "pairing", "image_id"]
-    frames = [scores_of(subject, model).set_index(keys)["value"] for subject in plan.subjects]
-    table = pd.concat(frames, axis=1, join="inner").sort_index()
-    return {"/".join(key): group.to_numpy() for key, group in table.groupby(level=[0, 1, 2], observed=True)}
-
-
-def summary(plan: Plan, model: str) -> dict[str, Estimate]:
-    """Means over images and subjects with their intervals, by "stage/metric/pairing"; an image is drawn with all its
-    subjects."""
-    n, seed = plan.config.evaluation.n_bootstrap, plan.config.seed
-    return {name: bootstrap(values, n, seed) for name, values in pooled(plan, model).items()}
-
-
-def table_columns(plan: Plan) -> list[str]:
-    """"stage/metric" of the comparison, in order."""
-    pictures = [f"{stage}/{metric.name}" for stage in plan.picture_stages for metric in plan.suite_metrics]
-    return [f"latents/{metric}" for metric in LATENT_METRICS] + pictures
 
 
 def report_table(plan: Plan) -> str:
@@ -65,48 +35,58 @@ def report_table(plan: Plan) -> str:
     for model in plan.sources:
         estimates = summary(plan, model)
         means = {name: estimate.mean for name, estimate in estimates.items()}
-        if model in plan.config.models:
+        if model in plan.models:
             for subject in plan.subjects:
                 line(model, subject.subject, mean_scores(subject, model))
         line(model, "all", means)
         line(model, "±", {name: (e.high - e.low) / 2 for name, e in estimates.items()})
-        if model in plan.config.models:
+        if model in plan.models:
+            if plan.replicates:
+                line(model, "seeds", spread_over_seeds(plan, model))
             line(model, "chance", means, "chance")
-            line(model, "ceiling", means, "ceiling")
-    source = "SIMULATED brain data" if plan.is_simulated else "NSD"
-    title = f"Means over test images, {source}, {plan.config.n_layers} VDVAE layers; ±: half the 95 % interval"
+            if not plan.is_referee:
+                line(model, "ceiling", means, "ceiling")
+    what = plan.config.evaluation.images if plan.is_referee else f"{plan.config.n_layers} VDVAE layers"
+    title = f"Means over test images, {source_name(plan)}, {what}; ±: half the 95 % interval"
+    if plan.replicates:
+        title += f"; seeds: SD over trainings with seeds {', '.join(map(str, seeds_of(plan)))}"
     notes = [*(f"{name}: {text}" for name, text in LABELS.items() if name in plan.sources), *metric_notes(plan)]
     return "\n".join([title, format_table(rows), *notes]) + "\n"
 
 
+def seeds_of(plan: Plan) -> tuple[int, ...]:
+    """All training seeds."""
+    return (plan.config.seed, *plan.config.evaluation.seeds)
+
+
 def metric_notes(plan: Plan) -> list[str]:
-    """Which way is better, and what could not be computed."""
+    """What is what, which way is better, and what could not be computed."""
     lower = [metric.name for metric in plan.suite_metrics if metric.direction == "lower"]
-    notes = [f"lower is better: latent errors{''.join(f', {name}' for name in lower)}; higher is better: all else"]
+    better = ["latent errors"] * (not plan.is_referee) + lower
+    notes = [f"lower is better: {', '.join(better)}; higher is better: all else"] if better else ["higher is better"]
+    if "tokens/forward" in table_columns(plan):
+        n_pool = min([N_POOL, *(len(subject.image_ids("test")) for subject in plan.subjects)])
+        notes.append(f"tokens: top-1 retrieval among {n_pool} images by predicted CLIP-vision tokens; forward: brain to image")
     missing = [metric for metric in plan.suite_metrics if metric.backbone and metric.backbone not in plan.backbone_files]
     notes += [f"{metric.name}: not computed, weights missing ({BACKBONES[metric.backbone].file})" for metric in missing]
     return notes
 
 
-def show(estimate: Estimate | None) -> Cell:
-    """A mean with its interval."""
-    if estimate is None:
-        return Cell("–")
-    return Cell(f"{estimate.mean:.3f}", f"{estimate.low:.3f} … {estimate.high:.3f}")
-
-
 def score_section(plan: Plan) -> Section:
     """The comparison, per stage, with intervals; and the differences between models."""
     estimates = {model: summary(plan, model) for model in plan.sources}
+    spreads = {model: spread_over_seeds(plan, model) for model in plan.models}
     tables = []
-    for stage in ("latents", *plan.picture_stages):
-        columns = [name for name in table_columns(plan) if name.startswith(f"{stage}/")]
-        rows = [
-            Row([Cell(LABELS.get(model, model)), *(show(own.get(f"{name}/matched")) for name in columns)], model in LABELS)
-            for model, own in estimates.items()
-            if f"{columns[0]}/matched" in own
-        ]
-        first = estimates[plan.config.models[0]]
+    for stage in dict.fromkeys(name.split("/")[0] for name in table_columns(plan)):
+        columns, rows = [name for name in table_columns(plan) if name.startswith(f"{stage}/")], []
+        for model, own in estimates.items():
+            if f"{columns[0]}/matched" in own:
+                cells = [show(own.get(f"{name}/matched")) for name in columns]
+                rows.append(Row([Cell(LABELS.get(model, model)), *cells], model in LABELS))
+            if spreads.get(model):
+                cells = [Cell(f"{spreads[model][f'{name}/matched']:.4f}") for name in columns]
+                rows.append(Row([Cell(f"SD of {model} over seeds {', '.join(map(str, seeds_of(plan)))}"), *cells], True))
+        first = estimates[plan.models[0]]
         for pairing, label in (("chance", "chance (wrong pairs)"), ("ceiling", "ceiling (from the truth)")):
             if f"{columns[0]}/{pairing}" in first:
                 rows.append(Row([Cell(label), *(show(first.get(f"{name}/{pairing}")) for name in columns)], True))
@@ -120,7 +100,7 @@ def score_section(plan: Plan) -> Section:
 
 def difference_tables(plan: Plan) -> list[Table]:
     """Each other model less the first, paired by image."""
-    first, *others = plan.config.models
+    first, *others = plan.models
     columns, n = table_columns(plan), plan.config.evaluation.n_bootstrap
     base, rows = pooled(plan, first), []
     for model in others:
@@ -145,15 +125,34 @@ def subject_tables(plan: Plan) -> list[Table]:
                 Row([Cell(LABELS.get(model, model)),
                      *(show(None if c is None else bootstrap(c.to_numpy(), evaluation.n_bootstrap)) for c in cells)])
             )  # fmt: skip
-        title = f"Subject {subject.subject}: {len(subject.voxels.index)} voxels, {len(subject.image_ids('test'))} test images"
+        voxels = "" if plan.is_referee else f"{len(subject.voxels.index)} voxels, "
+        title = f"Subject {subject.subject}: {voxels}{len(subject.image_ids('test'))} test images"
         tables.append(Table(["model", *columns], rows, title, folded=True))
     return tables
+
+
+def published_section(plan: Plan) -> Section | None:
+    """What papers print under the same suites' definitions. Only beside figures of NSD."""
+    names = {metric.name for metric in plan.suite_metrics}
+    rows = [record for record in PUBLISHED if names & record.values.keys()]
+    if plan.is_simulated or not rows:
+        return None
+    columns = [metric.name for metric in plan.suite_metrics if any(metric.name in record.values for record in rows)]
+    lines = []
+    for record in rows:
+        layers = f", {record.n_layers} layers" if record.n_layers else ""
+        noise = "" if record.noise_amplitude is None else f", noise {record.noise_amplitude:g}"
+        who = Cell(f"{record.system}{layers}{noise}, subjects {' '.join(map(str, record.subjects))}", record.source)
+        lines.append(Row([who, *(Cell(f"{record.values[c]:.3f}" if c in record.values else "–") for c in columns)]))
+    cautions = "\n".join(dict.fromkeys(f"{record.system}: {record.caution}" for record in rows if record.caution))
+    text = ["As printed, under the suite that its definitions are (or are taken to be) those of; read the cautions."]
+    return Section("Published results (NSD)", text, [Table(["system", *columns], lines)], code=[Code("Cautions", cautions)])
 
 
 def curve_section(plan: Plan) -> Section | None:
     """Learning curves of the networks."""
     figures = []
-    for model in plan.config.models:
+    for model in () if plan.is_referee else plan.models:
         stage, lines = plan.model(Fit(model, "vdvae")), {}
         for subject in plan.subjects:
             folder = f"{stage.folder}/{subject.folder}"
@@ -171,26 +170,26 @@ def columns_of(subject: SubjectPlan, rows: np.ndarray | slice) -> dict[str, np.n
     """Pictures of some test images: seen | each model's stages | the last stage from the truth."""
     plan = subject.plan
     columns = {"seen": run.seen_pictures(subject)[rows]}
-    for model in plan.config.models:
+    if plan.is_referee:
+        return columns | {IMAGES: run.decoded_pictures(subject, IMAGES, IMAGES)[rows]}
+    for model in plan.models:
         for number, stage in enumerate(plan.picture_stages, 1):
             columns[f"{model}, stage {number}"] = run.decoded_pictures(subject, model, stage)[rows]
     columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1])[rows]
     return columns
 
 
-def source_name(plan: Plan) -> str:
-    return "SIMULATED brain data" if plan.is_simulated else "NSD"
-
-
 def subject_grid(subject: SubjectPlan) -> bytes:
     """PNG of a subject's first test images."""
-    title = f"subject {subject.subject}, {subject.plan.config.n_layers} layers, {source_name(subject.plan)}"
+    plan = subject.plan
+    what = plan.config.evaluation.images if plan.is_referee else f"{plan.config.n_layers} layers"
+    title = f"subject {subject.subject}, {what}, {source_name(plan)}"
     return png(picture_grid(columns_of(subject, slice(N_GRID_IMAGES)), title, n_columns_side=2))
 
 
 def picture_section(subject: SubjectPlan) -> Section:
     """A subject's best, median and worst images by the first model, and random ones."""
-    plan, model = subject.plan, subject.plan.config.models[0]
+    plan, model = subject.plan, subject.plan.models[0]
     scores = {"/".join(key): group["value"].to_numpy() for key, group in
               scores_of(subject, model).groupby(["stage", "metric", "pairing"], observed=True, sort=False)}  # fmt: skip
     names = [f"{plan.picture_stages[-1]}/{metric.name}/matched" for metric in plan.suite_metrics]
@@ -209,13 +208,13 @@ def picture_section(subject: SubjectPlan) -> Section:
 
 def provenance(plan: Plan) -> Section:
     """Configuration, weights, versions."""
-    hashes = {"VDVAE": plan.vdvae_sha256}
-    if plan.has_stage2:
+    hashes = {} if plan.is_referee else {"VDVAE": plan.vdvae_sha256}
+    if plan.has_stage2 and not plan.is_referee:
         hashes |= {"CLIP": plan.clip_sha256, "Versatile Diffusion": plan.diffusion_sha256}
     packages = {name: version(name) for name in ("nsdray", "ray", "torch", "diffusers", "open_clip_torch", "numpy", "pyarrow")}
     code = [
         Code("Configuration", json.dumps(dataclasses.asdict(plan.config), indent=1)),
-        Code("SHA-256 of the weights", json.dumps(hashes, indent=1)),
+        Code("SHA-256 of the weights", json.dumps(hashes | plan.backbones_sha256, indent=1)),
         Code("Versions", json.dumps({"python": platform.python_version()} | packages, indent=1)),
         Code("Data sets", "\n".join(f"{name}: {stage.uri()}" for name, stage in data_sets(plan).items())),
     ]
@@ -224,6 +223,8 @@ def provenance(plan: Plan) -> Section:
 
 def data_sets(plan: Plan) -> dict[str, object]:
     """Where everything lies."""
+    if plan.is_referee:
+        return plan.pictures_of(IMAGES)
     stages = {"betas": plan.betas, "samples": plan.samples} | {f"targets {kind}": plan.targets(kind) for kind in plan.kinds}
     for fit in plan.fits:
         stages |= {f"model {plan.label(fit)}": plan.model(fit), f"predictions {plan.label(fit)}": plan.predictions(fit)}
@@ -232,26 +233,31 @@ def data_sets(plan: Plan) -> dict[str, object]:
     return stages
 
 
-def report_page(plan: Plan, extra: tuple[Section, ...] = ()) -> str:
+def report_page(plan: Plan) -> str:
     """The HTML report."""
     config = plan.config
     warning = ""
     if plan.is_simulated:
         warning = "SIMULATED brain data (the miniature NSD): it shows that the method works and says nothing about real brains."
-    subtitle = (
-        f"Subjects {', '.join(str(s.subject) for s in plan.subjects)} · {config.n_layers} VDVAE layers "
-        f"({config.targets.vdvae}) · stage 2: {config.stage2.model} · models {', '.join(config.models)} · seed {config.seed}"
+    what = (
+        f"{config.n_layers} VDVAE layers ({config.targets.vdvae}) · stage 2: {config.stage2.model} · "
+        f"models {', '.join(config.models)} · seed {config.seed}"
     )
-    sections = [score_section(plan), *extra, *(picture_section(subject) for subject in plan.subjects), curve_section(plan),
-                provenance(plan)]  # fmt: skip
-    return render(f"nsdray: {config.recipe}", subtitle, [section for section in sections if section], warning)
+    if plan.is_referee:
+        what = f"reconstructions made elsewhere: {config.evaluation.images}"
+    subtitle = f"Subjects {', '.join(str(s.subject) for s in plan.subjects)} · {what}"
+    pictures = (picture_section(subject) for subject in plan.subjects)
+    scores = score_section(plan), published_section(plan), noise_section(plan)
+    sections = [*scores, *pictures, curve_section(plan), provenance(plan)]
+    title = f"nsdray: {IMAGES if plan.is_referee else config.recipe}"
+    return render(title, subtitle, [section for section in sections if section], warning)
 
 
-def write_report(plan: Plan) -> None:
-    """Table, picture grids and the page, into the store."""
+def write_report(plan: Plan, again: bool = False) -> None:
+    """Table, picture grids and the page, into the store, unless they are there. again: in any case."""
     stage, partition = plan.report, plan.report_partition
     stage.claim()
-    if stage.begin(partition, plan.report_wanted):
+    if stage.begin(partition, plan.report_wanted) or again:
         folder = f"{stage.folder}/{partition}"
         plan.store.write_bytes(f"{folder}/table.txt", report_table(plan).encode())
         for subject in plan.subjects:

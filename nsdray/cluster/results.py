@@ -1,8 +1,10 @@
 """The whole way to a finished plan, and its MLflow runs."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import run
-from nsdray.cluster.report import mean_scores, report_file, summary, write_report
+from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
+from nsdray.cluster.report import report_file, write_report
+from nsdray.cluster.scores import mean_scores, summary
 from nsdray.cluster.tracking import start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
@@ -26,23 +30,68 @@ def train_all_subjects(plan: Plan) -> None:
         print("Everything is up to date.")
         return
     run.start_ray(plan)
-    tracker = start_tracker(plan.store)
-    start_runs(plan, tracker)
-    try:
-        run.prepare_betas(plan)
-        run.extract_targets(plan)
-        run.fit_models(plan, tracker)
-        run.predict_test_sets(plan)
-        run.reconstruct_test_sets(plan)
-        run.embed_test_sets(plan)
-        run.evaluate_test_sets(plan)
-        write_report(plan)
-        track_results(plan, tracker)
+    with tracking(plan) as tracker:
+        for each in (*plan.replicates, plan):
+            start_runs(each, tracker)
+            run.prepare_betas(each)
+            run.extract_targets(each)
+            run.fit_models(each, tracker)
+            run.predict_test_sets(each)
+            run.reconstruct_test_sets(each)
+            run.embed_test_sets(each)
+            run.evaluate_test_sets(each)
+            write_report(each)
+            track_results(each, tracker)
         track_published(plan, tracker)
+
+
+@contextlib.contextmanager
+def tracking(plan: Plan) -> Iterator[Any]:
+    """The tracker's actor; at the end its runs are finished or failed."""
+    tracker = start_tracker(plan.store)
+    try:
+        yield tracker
     except BaseException:
         ray.get(tracker.close.remote("FAILED"))
         raise
     ray.get(tracker.close.remote("FINISHED"))
+
+
+def judge(plan: Plan) -> None:
+    """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
+    if not plan.report.missing(plan.report_partition, plan.report_wanted):
+        print("Everything is up to date.")
+        return
+    run.start_ray(plan)
+    with tracking(plan) as tracker:
+        start_runs(plan, tracker)
+        run.import_images(plan)
+        run.embed_test_sets(plan)
+        run.evaluate_test_sets(plan)
+        write_report(plan)
+        track_report(plan, tracker)
+        track_published(plan, tracker)
+
+
+def noise_sensitivity(plan: Plan) -> str:
+    """Bring stage 2 under every level of noise up to date, put it into the report, and log it; returns the table."""
+    if not is_possible(plan):
+        raise ValueError("noise sensitivity needs a stage 2 that starts from the stage-1 picture: --stage2.start stage1")
+    train_all_subjects(plan)
+    if noise_curves(plan) is None:
+        run.start_ray(plan)
+        make_noise_levels(plan)
+        report_again(plan)
+    return noise_table(plan, noise_curves(plan))
+
+
+def report_again(plan: Plan) -> None:
+    """Write the report of a finished plan anew, with what has been finished since, and log it."""
+    write_report(plan, again=True)
+    run.start_ray(plan)
+    with tracking(plan) as tracker:
+        start_runs(plan, tracker)
+        track_report(plan, tracker)
 
 
 def mlflow_inputs(store: Store) -> Inputs:
@@ -83,7 +132,7 @@ def track_published(plan: Plan, tracker: Any) -> None:
 
 def untracked(plan: Plan) -> list[tuple[SubjectPlan, str]]:
     """Subjects and models whose results are not in MLflow yet."""
-    pairs = [(subject, model) for model in plan.config.models for subject in plan.subjects]
+    pairs = [] if plan.is_referee else [(subject, model) for model in plan.models for subject in plan.subjects]
     return [(s, m) for s, m in pairs if plan.tracked(m).missing(s.folder, {"run.json": run_inputs(s)})]
 
 
@@ -91,7 +140,8 @@ def start_runs(plan: Plan, tracker: Any) -> None:
     """Open the parent run, and one run per subject and model that is not in MLflow yet."""
     tags = {"data": "simulated" if plan.is_simulated else "nsd"}
     parent = parent_key(plan)
-    ray.get(tracker.start.remote(parent, plan.config.recipe, flatten(dataclasses.asdict(plan.config)), tags))
+    name = plan.config.evaluation.images or plan.config.recipe
+    ray.get(tracker.start.remote(parent, name, flatten(dataclasses.asdict(plan.config)), tags))
     for subject, model in untracked(plan):
         params = {"model": model, "subject": subject.subject, "n_layers": plan.config.n_layers,
                   "n_voxels": len(subject.voxels.index), "n_train": len(subject.image_ids("train")),
@@ -114,12 +164,22 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def track_report(plan: Plan, tracker: Any) -> None:
+    """Log the report, and all means, to the plan's own run."""
+    scores = {f"{model}_{name.removesuffix('/matched')}": estimate.mean
+              for model in plan.sources for name, estimate in summary(plan, model).items()}  # fmt: skip
+    files = {name: report_file(plan, name) for name in plan.report_wanted}
+    curves = noise_curves(plan)
+    if curves is not None:
+        scores |= {f"noise {label}_{metric}": e.mean for label, own in curves.items() for metric, e in own.items()}
+        files["noise.txt"] = noise_table(plan, curves).encode()
+    scores = {name.replace("/", "_").replace(" ", "_"): value for name, value in scores.items()}
+    ray.get(tracker.log_result.remote(parent_key(plan), scores, {"report": plan.report.uri(plan.report_partition)}, files))
+
+
 def track_results(plan: Plan, tracker: Any) -> None:
     """Log scores, curves, checkpoints and grids of everything that is not in MLflow yet."""
-    means = {f"{model}_{name.removesuffix('/matched').replace('/', '_')}": estimate.mean
-             for model in plan.sources for name, estimate in summary(plan, model).items()}  # fmt: skip
-    files = {name: report_file(plan, name) for name in plan.report_wanted}
-    ray.get(tracker.log_result.remote(parent_key(plan), means, {"report": plan.report.uri(plan.report_partition)}, files))
+    track_report(plan, tracker)
     for subject, model in tqdm(untracked(plan), desc="log to MLflow", unit="run"):
         key, folder = subject.run_key(model), f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
         sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}

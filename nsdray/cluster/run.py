@@ -15,14 +15,14 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import ridge
-from nsdray.cluster.actors import Rows, gather, run_replicas
+from nsdray.cluster.actors import Rows, gather, read_rows, run_replicas, write_pictures
 from nsdray.cluster.data import read_samples, read_targets, write_samples, write_session, write_voxels
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
-from nsdray.metrics.table import LATENT_METRICS, feature_scores, picture_scores
+from nsdray.metrics.table import LATENT_METRICS, feature_scores, picture_scores, retrieval_scores
 from nsdray.nsd.stimuli import Stimuli
-from nsdray.stages import KINDS, ROWS_PER_PICTURES, Fit, Part, Plan, SubjectPlan
+from nsdray.stages import IMAGES, KINDS, ROWS_PER_PICTURES, Fit, Part, Plan, SubjectPlan
 from nsdray.store import Inputs, Stage, local_folder, table, view_column
 
 Partition = tuple[Stage, str, dict[str, Inputs]]
@@ -221,6 +221,17 @@ def reconstruct_test_sets(plan: Plan) -> None:
         reconstruct(plan, "stage2", stage2_call)
 
 
+def import_images(plan: Plan) -> None:
+    """Reconstructions made elsewhere, into the store: reading them is quick, so no replicas are needed."""
+    partitions = [partition for _, _, partition in picture_partitions(plan, IMAGES)]
+    missing = begin(partitions)
+    for subject, (stage, partition, wanted) in zip(plan.subjects, partitions):
+        for part in Part.split(subject.image_ids("test"), ROWS_PER_PICTURES):
+            if part.name in missing[stage.folder, partition]:
+                write_pictures(stage, partition, part, IMAGES, subject.foreign.read(part.image_ids), 0, wanted[part.name])
+    finish(partitions)
+
+
 def stage1_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
     """The replica's method for stage-1 pictures, and its arguments beside the shard."""
     return "reconstruct_stage1", (rows_of(subject, model, "vdvae"),)
@@ -310,19 +321,29 @@ def prediction_scores(subject: SubjectPlan, model: str) -> list[tuple[str, str, 
     return [("latents", *name.split("/"), np.concatenate([view_column(part, name) for part in parts])) for name in names]
 
 
+def token_scores(subject: SubjectPlan, model: str) -> list[tuple[str, str, str, np.ndarray]]:
+    """Retrieval by the CLIP-vision tokens that are predicted beside a model's latents."""
+    if "clip_vision" not in subject.plan.kinds:
+        return []
+    ids, places = subject.image_ids("test"), (rows_of(subject, source, "clip_vision") for source in (None, model))
+    truth, predicted = (np.stack(read_rows(rows, ids), 1) for rows in places)
+    return [("tokens", *score) for score in retrieval_scores(truth, predicted)]
+
+
 @ray.remote(num_cpus=1)
 def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     """Score one subject's test set: a row per image, stage, metric and pairing."""
     plan, image_ids = subject.plan, subject.image_ids("test")
-    scores = [] if model == "nearest" else prediction_scores(subject, model)
+    scores = [] if model in ("nearest", IMAGES) else prediction_scores(subject, model) + token_scores(subject, model)
     seen = seen_pictures(subject)
     for stage in plan.pictures_of(model):
-        pictures = [decoded_pictures(subject, source, stage) for source in (model, None)]
+        sources = [source for source in (model, None) if stage in plan.pictures_of(source)]
+        pictures = [decoded_pictures(subject, source, stage) for source in sources]
         for suite in plan.config.evaluation.suites:
             scores += [(stage, *score) for score in picture_scores(suite, seen, *pictures)]
         for metric in plan.suite_metrics:
             if metric.backbone in plan.backbone_files:
-                features = [read_features(subject, plan.pictures_of(m)[stage], m, metric.name) for m in (model, None)]
+                features = [read_features(subject, plan.pictures_of(m)[stage], m, metric.name) for m in sources]
                 truth = read_features(subject, None, None, metric.name)
                 scores += [(stage, *score) for score in feature_scores(metric, truth, *features)]
     columns = {
@@ -335,10 +356,15 @@ def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     plan.metrics(model).write(subject.folder, "scores.parquet", table(columns), subject.inputs)
 
 
+def metrics_partitions(plan: Plan) -> list[Partition]:
+    """In the order of the sources, then of the subjects."""
+    return [(plan.metrics(model), s.folder, {"scores.parquet": s.inputs}) for model in plan.sources for s in plan.subjects]
+
+
 def evaluate_test_sets(plan: Plan) -> None:
     """Score every test set."""
     pairs = [(subject, model) for model in plan.sources for subject in plan.subjects]
-    partitions = [(plan.metrics(model), subject.folder, {"scores.parquet": subject.inputs}) for subject, model in pairs]
+    partitions = metrics_partitions(plan)
     missing = begin(partitions)
     todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
     gather([evaluate_subject.remote(subject, model) for subject, model in todo], "evaluate", "test set")

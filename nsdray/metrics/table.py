@@ -9,10 +9,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from nsdray.metrics.identification import retrieval
 from nsdray.metrics.perceptual import Metric, compare, pixel_scores
 from nsdray.seeds import rng
 
 LATENT_METRICS = ("latent_mse", "latent_mae")
+RETRIEVAL_METRICS = ("forward", "backward")
+N_POOL = 300  # test images to retrieve among, as MindEye; fewer if there are fewer
 N_IMAGES_BATCH = 32
 Score = tuple[str, str, np.ndarray]
 """(metric, pairing, values (n,) float64), pairing one of "matched", "chance", "ceiling"."""
@@ -36,8 +39,21 @@ def latent_scores(truth: np.ndarray, prediction: np.ndarray) -> Iterator[Score]:
         yield name, "chance", np.mean(wrong, 0)
 
 
-def picture_scores(suite: str, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
-    """A suite's pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the models give them from the truth.
+def retrieval_scores(truth: np.ndarray, prediction: np.ndarray) -> Iterator[Score]:
+    """Top-1 retrieval by the predicted tokens (n, n_tokens, d) among N_POOL test images, all if there are fewer: "forward" from
+    brain to image, "backward" from image to brain (`nsdray.metrics.identification.retrieval`, the expectation over all
+    pools). Higher is better; chance is 1 / the pool's size."""
+    n_pool = min(N_POOL, len(truth))
+    for name, values in zip(RETRIEVAL_METRICS, retrieval(prediction, truth, n_pool, n_draws=None)):
+        yield name, "matched", values
+        yield name, "chance", np.full(len(truth), 1 / n_pool)
+
+
+def picture_scores(
+    suite: str, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray | None = None
+) -> Iterator[Score]:
+    """A suite's pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the models give them from the truth
+    (None: there are no such).
 
     Chance: the decoded pictures against other images, over at most 5 wrong pairings (fewer for large test sets, where one
     is precise enough).
@@ -51,18 +67,21 @@ def picture_scores(suite: str, seen: np.ndarray, pictures: np.ndarray, ceiling: 
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     chance = [scored(other, pictures) for other in pairings]
-    found = {"matched": scored(everyone, pictures), "ceiling": scored(everyone, ceiling)}
+    found = {"matched": scored(everyone, pictures)} | ({} if ceiling is None else {"ceiling": scored(everyone, ceiling)})
     found["chance"] = {name: np.mean([wrong[name] for wrong in chance], 0) for name in chance[0]}
     for pairing, scores in found.items():
         yield from ((name, pairing, values) for name, values in scores.items())
 
 
-def feature_scores(metric: Metric, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray) -> Iterator[Score]:
-    """A metric of features (n, n_features): as seen, as decoded, and of the ceiling's pictures. Chance: wrong pairs."""
+def feature_scores(
+    metric: Metric, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray | None = None
+) -> Iterator[Score]:
+    """A metric of features (n, n_features): as seen, as decoded, and of the ceiling's pictures, if any. Chance: wrong pairs."""
     yield metric.name, "matched", compare(metric, seen, pictures)
     pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
     yield metric.name, "chance", np.mean([compare(metric, seen[other], pictures) for other in pairings], 0)
-    yield metric.name, "ceiling", compare(metric, seen, ceiling)
+    if ceiling is not None:
+        yield metric.name, "ceiling", compare(metric, seen, ceiling)
 
 
 def format_table(rows: list[dict[str, object]]) -> str:

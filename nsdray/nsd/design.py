@@ -18,6 +18,8 @@ from nsdray.nsd.layout import NSDLayout
 
 PROTOCOLS = ("nsd37", "nsd40")
 N_SESSIONS_NSD37 = 37  # a definition, not a size: the sessions public when Brain-Diffuser was written
+N_SESSIONS = {1: 40, 2: 40, 3: 32, 4: 30, 5: 40, 6: 32, 7: 40, 8: 30}  # that each subject of NSD did
+N_TRIALS = 750  # of a session
 
 
 def protocol_sessions(layout: NSDLayout, subject: int, protocol: str) -> list[int]:
@@ -103,6 +105,17 @@ def trials(layout: NSDLayout, subject: int, sessions: Sequence[int], trials_per_
         repeat=_times_seen_before(image_ids)[trial].astype(np.int16),
         is_test=np.isin(image_ids[trial], shared_ids),
     )
+
+
+def planned_trials(layout: NSDLayout, subject: int, protocol: str) -> Trials:
+    """Trials of a protocol by NSD's design alone, for those who have no betas: 750 in each session that the subject did."""
+    n_sessions = N_SESSIONS[subject]
+    if protocol == "nsd37":
+        if n_sessions < N_SESSIONS_NSD37:
+            raise ValueError(f"subject {subject} did {n_sessions} sessions only; protocol nsd37 needs 37, nsd40 takes all")
+        n_sessions = N_SESSIONS_NSD37
+    sessions = range(1, n_sessions + 1)
+    return trials(layout, subject, sessions, dict.fromkeys(sessions, N_TRIALS))
 
 
 def _image_order(layout: NSDLayout, subject: int) -> tuple[np.ndarray, np.ndarray]:
