@@ -36,9 +36,10 @@ VDVAE_CONFIGS = {"mini": VDVAEConfig.mini, "imagenet64": VDVAEConfig.imagenet64}
 CLIP_CONFIGS = {"mini": CLIPConfig.mini, "ViT-L-14": CLIPConfig.published}
 KINDS = ("vdvae", "clip_vision", "clip_text")
 """Kinds of regression targets."""
-CONTROLS = ("mean", "nearest")
-"""What decodes without the brain's help: the mean training target, whatever the betas; and the training image whose embedding
-is nearest to the predicted one."""
+CONTROLS = ("mean", "nearest", "vae")
+"""What decodes without the brain's help, or without decoding: the mean training target, whatever the betas; the training image
+whose embedding is nearest to the predicted one; and the seen picture itself, through the VAE of stage 2 and back."""
+STAGE2_ONLY = ("nearest", "vae")
 IMAGES = "images"
 """Reconstructions made elsewhere: as a model, and as the stage of its pictures."""
 ROWS_PER_PICTURES = 64
@@ -203,7 +204,8 @@ class Plan:
         """What gives pictures: the models, then the controls."""
         if self.is_referee or not self.config.evaluation.controls:
             return self.models
-        return (*self.models, *(c for c in CONTROLS if c == "mean" or "clip_vision" in self.kinds))
+        possible = {"mean": True, "nearest": "clip_vision" in self.kinds, "vae": self.has_stage2}
+        return (*self.models, *(control for control in CONTROLS if possible[control]))
 
     def columns(self, kind: str) -> list[str]:
         """Target columns that are predicted."""
@@ -266,7 +268,7 @@ class Plan:
 
     def stage1(self, model: str | None) -> Stage:
         """Stage-1 pictures of the test images, from a model's latents; None: from the true ones, the ceiling of stage 1."""
-        assert model != "nearest", "the nearest training image has no stage 1"
+        assert model not in STAGE2_ONLY, f"{model} has no stage 1"
         source = self.predictions(Fit(model, "vdvae")).hash if model else self.targets().hash
         settings = dataclasses.asdict(self.config.stage1) | {"n_layers": self.config.n_layers}
         return self._stage(f"reconstructions/stage1-{self._source(model)}", source=source, **settings)
@@ -277,6 +279,9 @@ class Plan:
         if model == "nearest":
             ridge, truth = self.predictions(Fit("ridge", "clip_vision")).hash, self.targets("clip_vision").hash
             return self._stage("reconstructions/stage2-nearest", ridge=ridge, targets=truth)
+        if model == "vae":
+            stage2 = self.config.stage2
+            return self._stage("reconstructions/stage2-vae", sha256=self.diffusion_sha256, seed=stage2.seed, dtype=stage2.dtype)
         settings = without(self.config.stage2, "folder", "batch_size") | {"sha256": self.diffusion_sha256}
         if self.config.stage2.start == "stage1":
             settings["stage1"] = self.stage1(model).hash
@@ -308,7 +313,7 @@ class Plan:
 
     def pictures_of(self, model: str | None) -> dict[str, Stage]:
         """All stages of pictures that a model (or a control) has, by name; None: those from the truth."""
-        names = ["stage2"] if model == "nearest" else self.picture_stages
+        names = ["stage2"] if model in STAGE2_ONLY else self.picture_stages
         if model is None and self.is_referee:
             return {}
         return {name: getattr(self, name)(model) for name in names}

@@ -31,7 +31,9 @@ def finish(process: subprocess.Popen) -> str:
     return f"{process.returncode}\n{output}"
 
 
-@pytest.mark.parametrize("job", ["train_all_subjects", "prepare_betas", "extract_targets", "reconstruct_test_set"])
+@pytest.mark.parametrize(
+    "job", ["train_all_subjects", "prepare_betas", "extract_targets", "reconstruct_test_set", "evaluate", "report"]
+)
 def test_help_teaches(job):
     output = finish(start(job, "--help"))
     assert output.startswith("0") and f"python jobs/{job}.py" in output
@@ -78,7 +80,7 @@ def test_killed_again_and_again_it_ends_with_the_same_scores(tmp_path):
         process.communicate()
     output = finish(start("train_all_subjects", *SMALL, "--store.root", str(root)))
     assert output.startswith("0"), output
-    assert scores(root) == scores(tmp_path / "a") and scores(root).keys() == {"ridge", "gru", "mean", "nearest"}
+    assert scores(root) == scores(tmp_path / "a") and scores(root).keys() == {"ridge", "gru", "mean", "nearest", "vae"}
     again = time.monotonic()
     assert "Everything is up to date" in finish(start("train_all_subjects", *SMALL, "--store.root", str(root)))
     assert time.monotonic() - again < 60

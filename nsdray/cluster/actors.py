@@ -148,6 +148,12 @@ class Replica:
         )  # fmt: skip
         write_pictures(target, partition, part, "stage2", pictures, s.seed, inputs)
 
+    def round_trip(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
+        """The control "vae": the seen pictures through Versatile Diffusion's VAE and back, the most that stage 2 could reach."""
+        pictures = refine_pictures(self.diffusion, self._seen(part), None, None, None, part.image_ids, self.config.stage2.seed,
+                                   self.diffusion_batch(), strength=0, guidance=1)  # fmt: skip
+        write_pictures(target, partition, part, "stage2", pictures, self.config.stage2.seed, inputs)
+
     def find_nearest(self, target: Stage, partition: str, part: Part, inputs: Inputs, train: Rows, train_ids: np.ndarray,
                      predicted: Rows) -> None:  # fmt: skip
         """The control "nearest": the training picture whose embedding points most nearly where the predicted one does."""

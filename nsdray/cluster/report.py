@@ -21,7 +21,7 @@ from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
 
 N_GRID_IMAGES = 12
 N_EXTREMES = 4
-LABELS = {"mean": "no brain (mean target)", "nearest": "nearest training image"}
+LABELS = {"mean": "no brain (mean target)", "nearest": "nearest training image", "vae": "the seen picture through stage 2's VAE"}
 
 
 def report_table(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
 from nsdray.metrics.table import LATENT_METRICS, feature_scores, picture_scores, retrieval_scores
 from nsdray.nsd.stimuli import Stimuli
-from nsdray.stages import IMAGES, KINDS, ROWS_PER_PICTURES, Fit, Part, Plan, SubjectPlan
+from nsdray.stages import IMAGES, KINDS, ROWS_PER_PICTURES, STAGE2_ONLY, Fit, Part, Plan, SubjectPlan
 from nsdray.store import Inputs, Stage, local_folder, table, view_column
 
 Partition = tuple[Stage, str, dict[str, Inputs]]
@@ -240,6 +240,8 @@ def stage1_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
 def stage2_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
     """The same for stage-2 pictures."""
     plan = subject.plan
+    if model == "vae":
+        return "round_trip", ()
     if model == "nearest":
         train = plan.targets("clip_vision"), subject.targets("train"), [part.name for part in subject.parts("train")]
         return "find_nearest", (train, subject.image_ids("train"), rows_of(subject, "ridge", "clip_vision"))
@@ -334,7 +336,7 @@ def token_scores(subject: SubjectPlan, model: str) -> list[tuple[str, str, str, 
 def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     """Score one subject's test set: a row per image, stage, metric and pairing."""
     plan, image_ids = subject.plan, subject.image_ids("test")
-    scores = [] if model in ("nearest", IMAGES) else prediction_scores(subject, model) + token_scores(subject, model)
+    scores = [] if model in (*STAGE2_ONLY, IMAGES) else prediction_scores(subject, model) + token_scores(subject, model)
     seen = seen_pictures(subject)
     for stage in plan.pictures_of(model):
         sources = [source for source in (model, None) if stage in plan.pictures_of(source)]

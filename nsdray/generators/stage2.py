@@ -20,7 +20,7 @@ def refine_pictures(
     stage1: np.ndarray | None,
     vision: np.ndarray | None,
     text: np.ndarray | None,
-    unconditional: tuple[torch.Tensor, torch.Tensor],
+    unconditional: tuple[torch.Tensor, torch.Tensor] | None,
     image_ids: Sequence[int],
     seed: int = 0,
     batch_size: int = 8,
@@ -31,8 +31,8 @@ def refine_pictures(
 
     stage1: uint8 (n, h, w, 3), enlarged here by PIL's bicubic filter as Brain-Diffuser does; None starts from noise.
     vision (n, n_tokens, d), text (n, n_tokens, d): tokens, one of them may be None. unconditional: as
-    `nsdray.targets.clip_tokens.unconditional_tokens`. image_ids: (n,), key all draws with seed. noise: factor of N(0, 1)
-    noise added to the enlarged picture in 0..255, which is then clipped (paper, 3.4). settings: as
+    `nsdray.targets.clip_tokens.unconditional_tokens`, None for guidance 1. image_ids: (n,), key all draws with seed. noise:
+    factor of N(0, 1) noise added to the enlarged picture in 0..255, which is then clipped (paper, 3.4). settings: as
     `VersatileDiffusion.generate`. The result does not depend on batch_size beyond rounding.
     """
     seeds, size = draws.image_seeds(seed, image_ids), diffusion.image_size

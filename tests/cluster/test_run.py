@@ -14,7 +14,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 
-from nsdray.cluster import report, results, run
+from nsdray.cluster import report, results, run, scores
 from nsdray.cluster.actors import fitting_batch_size, pool_size, vdvae_bytes
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
 from nsdray.cluster.tracking import tracking_uri
@@ -121,7 +121,7 @@ def test_a_suite_without_its_weights(finished, tmp_path, monkeypatch):
     run.evaluate_test_sets(plan)
     text = report.report_table(plan)
     assert "brain_diffuser/alexnet2: not computed, weights missing (alexnet-" in text
-    means, before = (report.mean_scores(p.subjects[0], "ridge") for p in (plan, finished))
+    means, before = (scores.mean_scores(p.subjects[0], "ridge") for p in (plan, finished))
     assert means["stage2/mini/clip/matched"] == before["stage2/mini/clip/matched"]
     assert 0 < means["stage2/brain_diffuser/ssim_columns/matched"] < 1 and "stage2/brain_diffuser/alexnet2/matched" not in means
 
@@ -172,7 +172,7 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
-    means = report.mean_scores(finished.subjects[0], "gru")
+    means = scores.mean_scores(finished.subjects[0], "gru")
     assert gru.data.metrics["stage1_mini_pixcorr"] == pytest.approx(means["stage1/mini/pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
@@ -226,7 +226,7 @@ def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
         ours, theirs = decoder_files(plan, model), decoder_files(finished, model)
         assert ours.keys() == theirs.keys() and len(ours) >= 2
         assert [name for name in ours if ours[name] != theirs[name]] == []
-        assert report.mean_scores(subject, model) != report.mean_scores(finished.subjects[0], model)
+        assert scores.mean_scores(subject, model) != scores.mean_scores(finished.subjects[0], model)
 
 
 def stream(plan, **settings):
@@ -271,7 +271,7 @@ def test_gru_trains_on_two_workers(finished, tmp_path):
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
     results.train_all_subjects(plan)
-    assert np.isfinite(list(report.mean_scores(plan.subjects[0], "gru").values())).all()
+    assert np.isfinite(list(scores.mean_scores(plan.subjects[0], "gru").values())).all()
 
 
 def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
@@ -281,7 +281,7 @@ def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
     results.train_all_subjects(plan)
-    assert report.mean_scores(plan.subjects[0], "ridge") == report.mean_scores(finished.subjects[0], "ridge")
+    assert scores.mean_scores(plan.subjects[0], "ridge") == scores.mean_scores(finished.subjects[0], "ridge")
     for split in ("train", "test"):  # one replica there, two here: the same to the bit
         partition = plan.subjects[0].targets(split)
         for part in plan.subjects[0].parts(split):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from nsdray.nsd.design import protocol_sessions, trials
+from nsdray.nsd.design import planned_trials, protocol_sessions, trials
 
 COUNTS = {1: 18, 2: 18, 3: 18}
 
@@ -128,3 +128,20 @@ def test_bad_designs(mini_copy):
     mini_copy.expdesign.unlink()
     with pytest.raises(FileNotFoundError, match="no design file"):
         trials(mini_copy, 1, [1], COUNTS)
+
+
+def test_planned_trials_are_those_of_a_whole_experiment(mini_copy):
+    """NSD's own size: 10,000 images a subject, each three times, of which 1,000 are shared."""
+    random = np.random.default_rng(0)
+    shared = random.permutation(73_000)[:1000] + 1
+    images = np.stack([np.concatenate([shared, 1 + random.permutation(73_000)[:9000]]) for _ in range(8)])
+    ordering = random.permutation(np.tile(np.arange(1, 10_001), 3))
+    savemat(mini_copy.expdesign, {"masterordering": ordering[None], "subjectim": images, "sharedix": shared[None]})
+    paper, everything, short = (planned_trials(mini_copy, *which) for which in ((1, "nsd37"), (1, "nsd40"), (4, "nsd40")))
+    assert [len(found.trial) for found in (paper, everything, short)] == [27_750, 30_000, 22_500]
+    assert len(np.unique(everything.image_id[everything.is_test])) == 1000
+    assert set(paper.image_id[paper.is_test]) <= set(shared - 1)
+    counts = dict.fromkeys(range(1, 38), 750)
+    np.testing.assert_array_equal(paper.image_id, trials(mini_copy, 1, range(1, 38), counts).image_id)
+    with pytest.raises(ValueError, match="subject 4 did 30 sessions only; protocol nsd37 needs 37"):
+        planned_trials(mini_copy, 4, "nsd37")
