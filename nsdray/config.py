@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ALL_SUBJECTS = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -133,11 +133,16 @@ class ClipConfig:
 
 
 Rescale = Literal["train_moments", "test_moments", "none"]
+Model = Literal[
+    "ridge", "gru", "conv", "transformer", "mlp", "shared-gru", "shared-conv", "shared-transformer", "shared-mlp"
+]
+SHARED = "shared-"
+"""Before a network's name: one model for all subjects, an input layer for each and all else in common."""
 
 
 @dataclass(frozen=True)
 class RidgeConfig:
-    """Ridge regression in closed form, one alpha for all targets of a kind. CLIP tokens are always predicted by ridge."""
+    """Ridge regression in closed form, one alpha for all targets of a kind."""
 
     alpha: float = 50_000.0
     """Penalty on z-scored betas for VDVAE latents. 50,000 for NSD's 15,724 voxels (paper, Brain-Diffuser)."""
@@ -159,14 +164,12 @@ class RidgeConfig:
 
 
 @dataclass(frozen=True)
-class GRUConfig:
-    """The paper's GRU network and its training. Loss (MSE on standardised latents), optimiser and rates are not in the
-    paper; they are nsdray's."""
+class TrainingConfig:
+    """How a network is trained. Loss (MSE on standardised latents), optimiser and rates are not in the paper; they are
+    nsdray's. Each network's own settings add its sizes."""
 
-    hidden: int = 100
-    """Units per direction (paper: 100)."""
-    dropout: float = 0.3
-    """Dropout before the last layer."""
+    name: ClassVar[str]
+
     learning_rate: float = 1e-3
     """Peak rate of AdamW, after a linear warm-up, before a cosine decay."""
     weight_decay: float = 0.01
@@ -181,18 +184,107 @@ class GRUConfig:
     """Stop after so many epochs without a better validation loss."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
+    sampling: Literal["mean", "trial", "mixture"] = "mean"
+    """Betas of a training image: the mean over its repeats, one repeat drawn anew each epoch, or a mixture of them with random
+    weights. Validation and test images are always means."""
     validation_fraction: float = 0.1
     """Share of the training images kept for validation (early stopping, train_moments); drawn by seed and image_id."""
     checkpoint_every: int = 5
     """Epochs between checkpoints; a killed run goes on from the last one."""
     rescale: Rescale = "train_moments"
     """As ridge.rescale, with the moments of predictions for the validation images."""
+    pretrained: str | None = None
+    """Folder of a decoder (models/…/subject=NN) of the same network and targets, best of a shared one: fine-tune everything
+    above its input layer, and learn the input layer anew. None: start from nothing."""
+    trunk_rate: float = 0.1
+    """Fine-tuning: factor on the learning rate above the input layer; 0 freezes it."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.dropout < 1, f"gru.dropout is {self.dropout}, must be in [0, 1)")
-        require(0 < self.validation_fraction < 0.5, f"gru.validation_fraction is {self.validation_fraction}, not in (0, 0.5)")
-        for name in ("hidden", "learning_rate", "batch_size", "n_epochs", "patience", "clip_norm", "checkpoint_every"):
-            require(getattr(self, name) > 0, f"gru.{name} is {getattr(self, name)}, must be positive")
+        sizes = self.sizes()
+        require(0 <= sizes["dropout"] < 1, f"{self.name}.dropout is {sizes['dropout']}, must be in [0, 1)")
+        require(
+            0 < self.validation_fraction < 0.5,
+            f"{self.name}.validation_fraction is {self.validation_fraction}, not in (0, 0.5)",
+        )
+        require(0 <= self.trunk_rate <= 1, f"{self.name}.trunk_rate is {self.trunk_rate}, must be in [0, 1]")
+        training = ("learning_rate", "batch_size", "n_epochs", "patience", "clip_norm", "checkpoint_every")
+        for name in (*training, *(name for name in sizes if name != "dropout")):
+            require(getattr(self, name) > 0, f"{self.name}.{name} is {getattr(self, name)}, must be positive")
+
+    def sizes(self) -> dict[str, Any]:
+        """Arguments of the network beside its numbers of voxels and targets."""
+        training = {f.name for f in dataclasses.fields(TrainingConfig)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in training}
+
+
+@dataclass(frozen=True)
+class GRUConfig(TrainingConfig):
+    """The paper's GRU network."""
+
+    name: ClassVar[str] = "gru"
+
+    hidden: int = 100
+    """Units per direction (paper: 100)."""
+    dropout: float = 0.3
+    """Dropout before the last layer."""
+
+
+@dataclass(frozen=True)
+class ConvConfig(TrainingConfig):
+    """The paper's convolutional network."""
+
+    name: ClassVar[str] = "conv"
+
+    hidden: int = 100
+    """Units per direction of both GRUs; even."""
+    dropout: float = 0.3
+    """Dropout before the last layer."""
+    channels: int = 16
+    """Channels of the first convolution; the second has twice as many."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.hidden % 2 == 0, f"conv.hidden is {self.hidden}, must be even")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(TrainingConfig):
+    """The paper's transformer network."""
+
+    name: ClassVar[str] = "transformer"
+
+    hidden: int = 100
+    """Units per direction of both GRUs; even."""
+    dropout: float = 0.3
+    """Dropout before the last layer."""
+    width: int = 32
+    """Values of a token; a multiple of n_heads."""
+    n_heads: int = 4
+    """Attention heads."""
+    n_blocks: int = 2
+    """Transformer blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.hidden % 2 == 0, f"transformer.hidden is {self.hidden}, must be even")
+        require(
+            self.width % self.n_heads == 0,
+            f"transformer.width is {self.width}, must be a multiple of transformer.n_heads, {self.n_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class MLPConfig(TrainingConfig):
+    """A plain multilayer perceptron, without batch statistics."""
+
+    name: ClassVar[str] = "mlp"
+
+    hidden: int = 416
+    """Units of a hidden layer; 416 give about as many parameters as the GRU network has."""
+    dropout: float = 0.3
+    """Dropout after each hidden layer."""
+    n_hidden_layers: int = 2
+    """Hidden layers."""
 
 
 @dataclass(frozen=True)
@@ -316,19 +408,24 @@ class Config:
 
     recipe: str = "mini"
     """Name of the recipe this configuration started from."""
-    models: tuple[Literal["ridge", "gru"], ...] = ("ridge", "gru")
+    models: tuple[Model, ...] = ("ridge", "gru")
     """Regressors to train, each from betas to the VDVAE latents of the first n_layers. Each gives a stage-1 picture, and with
-    the tokens that ridge predicts a stage-2 picture."""
+    the tokens that token_model predicts a stage-2 picture. shared-…: one network for all subjects, an input layer for each."""
+    token_model: Model = "ridge"
+    """What predicts CLIP's tokens, whichever model predicts the latents. A network predicts all tokens of a kind at once."""
     n_layers: int = 15
     """VDVAE layers to predict; deeper ones are drawn from its prior."""
     seed: int = 0
-    """Seed of initial weights, batches, dropout and the validation split."""
+    """Seed of initial weights, batches, drawn repeats, dropout and the validation split."""
     data: DataConfig = field(default_factory=DataConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
     gru: GRUConfig = field(default_factory=GRUConfig)
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -336,12 +433,19 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        require(self.n_layers >= 1, f"n_layers is {self.n_layers}, must be at least 1")
         require(
-            1 <= self.n_layers <= self.targets.n_layers,
+            self.n_layers <= self.targets.n_layers,
             f"n_layers is {self.n_layers}, but targets.n_layers extracts only {self.targets.n_layers}; "
             "set --targets.n-layers at least as high",
         )
         require(len(self.models) > 0, "models is empty; choose ridge, gru or both")
+        shared = [model for model in (*self.models, self.token_model) if model.startswith(SHARED)]
+        require(
+            not shared or len(self.data.subjects) > 1,
+            f"{', '.join(shared)}: a shared model wants several subjects, data.subjects has one; add some, or fine-tune a "
+            "shared model to it by its network's pretrained",
+        )
         require(
             self.seed not in self.evaluation.seeds,
             f"evaluation.seeds holds {self.seed}, which is the seed itself; name further ones",
@@ -360,4 +464,4 @@ class Config:
 
     def settings(self, model: str) -> dict[str, Any]:
         """The fields of one regressor, as a plain dict."""
-        return dataclasses.asdict(getattr(self, model))
+        return dataclasses.asdict(getattr(self, model.removeprefix(SHARED)))

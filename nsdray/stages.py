@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nsdray.config import Config, digest
+from nsdray.config import SHARED, Config, digest
 from nsdray.metrics.foreign import ForeignPictures, find_pictures
 from nsdray.metrics.perceptual import Metric, find_suite
 from nsdray.metrics.table import N_POOL
@@ -74,9 +74,19 @@ class Fit:
     """A regressor and what it predicts."""
 
     regressor: str
-    """"ridge", a network's name, or "mean": the mean of the training targets, whatever the betas."""
+    """"ridge", a network's name, that with "shared-" before it: one model for all subjects, or "mean": the mean of the training
+    targets, whatever the betas."""
     kind: str
     """One of KINDS."""
+
+    @property
+    def is_shared(self) -> bool:
+        return self.regressor.startswith(SHARED)
+
+    @property
+    def network(self) -> str:
+        """Name in REGRESSORS."""
+        return self.regressor.removeprefix(SHARED)
 
 
 def without(settings: Any, *names: str) -> dict[str, Any]:
@@ -191,8 +201,9 @@ class Plan:
 
     @property
     def fits(self) -> list[Fit]:
-        """All regressions, for each subject: the models to the VDVAE's latents, ridge to CLIP's tokens."""
-        return [Fit(model, "vdvae") for model in self.config.models] + [Fit("ridge", kind) for kind in self.kinds[1:]]
+        """All regressions, for each subject: the models to the VDVAE's latents, the token model to CLIP's tokens."""
+        tokens = [Fit(self.config.token_model, kind) for kind in self.kinds[1:]]
+        return [Fit(model, "vdvae") for model in self.config.models] + tokens
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -253,8 +264,24 @@ class Plan:
         else:
             settings["n_train_workers"] = config.cluster.n_train_workers  # batch statistics and dropout are per worker
             del settings["checkpoint_every"]
+            if settings["pretrained"] is None:
+                del settings["pretrained"], settings["trunk_rate"]
+            else:
+                settings["pretrained"] = file_digest(self.pretrained(fit) / "network.safetensors")
+            if fit.is_shared:  # each subject's decoder depends on all subjects' data
+                settings["subjects"] = {subject.folder: digest(subject.inputs) for subject in self.subjects}
         targets = self.targets(fit.kind).hash
         return self._stage(f"models/{self.label(fit)}", settings=settings, samples=self.samples.hash, targets=targets)
+
+    def pretrained(self, fit: Fit) -> Path:
+        """Folder of the decoder to fine-tune; FileNotFoundError if there is no network in it."""
+        path = Path(getattr(self.config, fit.network).pretrained).expanduser().resolve()
+        if not (path / "network.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{path} holds no network.safetensors; --{fit.network}.pretrained names a finished folder "
+                "models/<model>/subject=NN of a network"
+            )
+        return path
 
     def label(self, fit: Fit) -> str:
         """"ridge-15" for 15 VDVAE layers, "ridge-clip_text" for tokens."""
@@ -274,11 +301,11 @@ class Plan:
         return self._stage(f"reconstructions/stage1-{self._source(model)}", source=source, **settings)
 
     def stage2(self, model: str | None) -> Stage:
-        """Stage-2 pictures of the test images, from a model's stage-1 pictures and the tokens that ridge predicts; None: from
-        true latents and true tokens, the ceiling of stage 2."""
+        """Stage-2 pictures of the test images, from a model's stage-1 pictures and the tokens that the token model predicts;
+        None: from true latents and true tokens, the ceiling of stage 2."""
         if model == "nearest":
-            ridge, truth = self.predictions(Fit("ridge", "clip_vision")).hash, self.targets("clip_vision").hash
-            return self._stage("reconstructions/stage2-nearest", ridge=ridge, targets=truth)
+            tokens, truth = self.predictions(self.token_fit(model, "clip_vision")).hash, self.targets("clip_vision").hash
+            return self._stage("reconstructions/stage2-nearest", tokens=tokens, targets=truth)
         if model == "vae":
             stage2 = self.config.stage2
             return self._stage("reconstructions/stage2-vae", sha256=self.diffusion_sha256, seed=stage2.seed, dtype=stage2.dtype)
@@ -296,8 +323,8 @@ class Plan:
         return self._stage(f"reconstructions/{IMAGES}", source=evaluation.images, order=evaluation.order)
 
     def token_fit(self, model: str, kind: str) -> Fit:
-        """What predicts the tokens beside a model's latents: ridge, whatever the model, but for the control."""
-        return Fit("mean" if model == "mean" else "ridge", kind)
+        """What predicts the tokens beside a model's latents: the token model, whatever the model, but for the control."""
+        return Fit("mean" if model == "mean" else self.config.token_model, kind)
 
     def _source(self, model: str | None) -> str:
         if model == IMAGES:

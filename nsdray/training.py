@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,6 +77,10 @@ class LocalContext:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
 
 
+class DivergedError(ValueError):
+    """A loss is not finite: these settings lead nowhere, however often they are tried."""
+
+
 class TargetScale:
     """Between raw targets and the standardised ones that networks predict; targets that never vary are left out."""
 
@@ -116,6 +120,7 @@ def train(
     target_mean: np.ndarray | torch.Tensor,
     target_std: np.ndarray | torch.Tensor,
     checkpoint_every: int = 1,
+    rate_factor: Callable[[str], float] | None = None,
 ) -> dict:
     """Fit the model by AdamW on the mean squared error of standardised targets; keep the best epoch's weights.
 
@@ -123,6 +128,8 @@ def train(
     target_mean, target_std: the training targets' moments, (n_targets,). n_epochs, warmup_epochs: see
     `learning_rate_at`. patience: epochs without a better validation loss before stopping. clip_norm: bound on the
     gradient's norm, None for none. checkpoint_every: epochs between checkpoints (the last epoch always has one).
+    rate_factor: from a parameter's name to the factor on its learning rate, 0 to leave it as it is; None: 1 for all.
+    `DivergedError` if a loss is not finite.
 
     Returns ``state`` (the best weights, on the CPU), ``best_epoch`` (0-based) and ``history``: per epoch a dict of
     epoch, train_loss, val_loss (standardised), val_mse, val_mae (raw), learning_rate, samples_per_s (all workers).
@@ -135,15 +142,16 @@ def train(
     history, best, best_epoch = list(resumed["history"]), resumed["best"], resumed["best_epoch"]
     if history:
         model.load_state_dict(resumed["model"])
+    groups = parameter_groups(model, rate_factor)
     network = context.prepare(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
     if history:
         optimiser.load_state_dict(resumed["optimiser"])
     while len(history) < n_epochs and len(history) - 1 - best_epoch < patience:
         epoch = len(history)
         rate = learning_rate_at(epoch, learning_rate=learning_rate, warmup_epochs=warmup_epochs, n_epochs=n_epochs)
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         torch.manual_seed(draws.derive(seed, "dropout", epoch, context.rank))
         metrics = {"epoch": epoch, "learning_rate": rate}
         metrics |= _train_epoch(network, batches(epoch), optimiser, context, scale, clip_norm)
@@ -158,6 +166,17 @@ def train(
                       "best_epoch": best_epoch, "history": list(history)}  # fmt: skip
         context.report(metrics, checkpoint if last or (epoch + 1) % checkpoint_every == 0 else None)
     return {"state": best, "best_epoch": best_epoch, "history": history}
+
+
+def parameter_groups(model: nn.Module, rate_factor: Callable[[str], float] | None = None) -> list[dict]:
+    """The optimiser's groups: parameters by the factor on their learning rate. Those with factor 0 are frozen."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if rate_factor is None else float(rate_factor(name))
+        parameter.requires_grad_(factor > 0)
+        if factor > 0:
+            groups.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
 def learning_rate_at(epoch: int, *, learning_rate: float, warmup_epochs: int, n_epochs: int) -> float:
@@ -241,12 +260,41 @@ def _validate(
 
 def _check_finite(metrics: dict[str, float], clip_norm: float | None) -> None:
     if not all(math.isfinite(metrics[name]) for name in ("train_loss", "val_loss")):
-        raise RuntimeError(
+        raise DivergedError(
             f"training diverged in epoch {metrics['epoch']}: train_loss {metrics['train_loss']}, val_loss "
             f"{metrics['val_loss']}. Try a learning_rate below {metrics['learning_rate']:g}, more warmup_epochs or a "
             f"clip_norm below {clip_norm}, and make sure that betas and targets hold no NaN. "
             "The last checkpoint is still good."
         )
+
+
+def require_memory(n_parameters: int, n_inputs: int, n_targets: int, batch_size: int, free: int) -> int:
+    """Bytes that training will take at least, before any of them is taken; ValueError if they are more than are free.
+
+    Five float32 for each parameter (weight, gradient, AdamW's two moments, the best epoch's weight), and a batch_size of this
+    worker with its n_inputs betas, and its n_targets as targets, prediction, error and gradient.
+    """
+    network, batch = 5 * 4 * n_parameters, 4 * batch_size * (n_inputs + 4 * n_targets)
+    if network + batch > free:
+        raise ValueError(
+            f"this network is too large: training its {n_parameters:,} parameters takes {network / 1e9:.1f} GB, a batch of "
+            f"{batch_size} another {batch / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Make it narrower, predict fewer "
+            "layers or tokens, or lower the batch_size if that is what is large."
+        )
+    return network + batch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new process could have: of the GPU, or of this machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo, limit, used = (Path(p) for p in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
+    if meminfo.is_file():
+        found += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found)
 
 
 @torch.no_grad()
@@ -271,10 +319,11 @@ def predict(
 
 
 def memory_batches(
-    betas: torch.Tensor, targets: torch.Tensor, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    betas: torch.Tensor | np.ndarray, targets: Any, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> Batches:
-    """Batches over tensors in memory: a fresh permutation per (seed, epoch), nothing dropped.
+    """Batches over tensors or arrays in memory: a fresh permutation per (seed, epoch), nothing dropped.
 
+    betas (n, n_voxels), targets (n, n_targets): whatever gives some of its rows for an array of row numbers.
     batch_size counts samples over all workers. An epoch is cut into ceil(n / batch_size) nearly equal batches, fewer if
     a worker would have less than the two rows that BatchNorm needs; of each, worker `rank` has every world_size-th row.
     """
@@ -289,7 +338,7 @@ def memory_batches(
     def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         order = draws.rng(seed, "batches", epoch).permutation(n)
         for rows in np.array_split(order, n_batches):
-            mine = torch.from_numpy(rows[rank::world_size])
-            yield betas[mine], targets[mine], len(rows)
+            mine = rows[rank::world_size]
+            yield torch.as_tensor(betas[mine]), torch.as_tensor(targets[mine]), len(rows)
 
     return batches

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nsdray.regressors.gru import GRURegressor
-from nsdray.training import LocalContext, TargetScale, learning_rate_at, memory_batches, predict, train
+from nsdray.training import DivergedError, LocalContext, TargetScale, learning_rate_at, memory_batches, predict, train
 
 SETTINGS = dict(
     n_epochs=6, learning_rate=0.01, weight_decay=0.0, patience=20, warmup_epochs=1, clip_norm=1.0, seed=3
@@ -225,7 +225,7 @@ def test_learning_rate_rises_then_falls():
 def test_errors(data):
     with pytest.raises(ValueError, match="patience is 0, must be at least 1"):
         fit(linear(), data, patience=0)
-    with pytest.raises(RuntimeError, match="training diverged in epoch 0.*Try a learning_rate below"):
+    with pytest.raises(DivergedError, match="training diverged in epoch 0.*Try a learning_rate below"):
         fit(linear(), {**data, "train": (data["train"][0] * torch.nan, data["train"][1])})
     with pytest.raises(ValueError, match="no validation samples"):
         fit(linear(), {**data, "validation": tuple(part[:0] for part in data["validation"])})

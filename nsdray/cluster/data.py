@@ -1,9 +1,12 @@
 """Betas and samples as Ray tasks, and the training stream as Ray Data.
 
-The stream is nsdray's own order on top of Ray Data's execution: row groups are permuted by (seed, epoch), dealt to the
-training workers, read by Ray Data tasks in that order, and rows are permuted within each block. So a stream is the same
-on every run for the same number of workers, no row is dropped, and each row is read by one worker only.
-(`streaming_split` drops the remainder of n / n_workers rows and deals blocks by arrival.)
+The stream is nsdray's own order on top of Ray Data's execution: row groups are permuted by (seed, epoch), read by Ray Data
+tasks in that order, and rows are permuted within each block and dealt to the training workers in turn. So the steps of an
+epoch hold the same rows on every run, whatever the number of workers, and no row is dropped. (`streaming_split` drops the
+remainder of n / n_workers rows and deals blocks by arrival.) Each worker reads all row groups and keeps its rows; the workers
+of a node read through one page cache.
+
+Many trainings on the same images, as in a search, share them through the object store instead: `share_arrays`.
 """
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import ray
 import torch
 
 from nsdray.nsd.betas import SCALE, dead_voxels, read_session
+from nsdray.nsd.repeats import draw_repeats
+from nsdray.regressors.scaling import moments, zscore
 from nsdray.seeds import rng
 from nsdray.stages import Part, SubjectPlan
 from nsdray.store import ROWS_PER_GROUP, Inputs, Stage, table, view_column
@@ -109,50 +115,66 @@ class Source:
         return cls(plan.samples, *partitions, subject.parts(split), list(columns))
 
 
-    def read(self, part: int, groups: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A part, or some of its row groups: image_ids (n,), betas (n, n_voxels) float32, targets (n, n_targets) float16."""
+    def read(
+        self, part: int, groups: Sequence[int] | None = None, draw: tuple[str, int, int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A part, or some of its row groups: image_ids (n,), betas (n, n_voxels) float32, targets (n, n_targets) float16.
+        draw: (sampling, seed, epoch) of `draw_repeats`; None: the mean over repeats, and single repeats are not read."""
         name = self.parts[part].name
-        sample = self.samples.read(self.samples_partition, name, ["image_id", "betas"], groups)
+        names = ["image_id", "betas"] if draw is None else ["image_id", "repeats", "n_repeats"]
+        sample = self.samples.read(self.samples_partition, name, names, groups)
         target = self.targets.read(self.targets_partition, name, self.columns, groups)
-        return view_column(sample, "image_id"), view_column(sample, "betas"), _flatten(target, self.columns)
+        image_ids, betas, *n_repeats = (view_column(sample, name) for name in names)
+        if draw is not None:
+            betas = draw_repeats(betas, *n_repeats, image_ids, *draw)
+        return image_ids, betas, _flatten(target, self.columns)
 
 
-def _read_block(source: Source, pieces: list, excluded: np.ndarray, key: list) -> dict[str, np.ndarray]:
-    """Read row groups (part, group), drop the excluded images, and permute the rows by key."""
-    reads = [source.read(part, [g for p, g in pieces if p == part]) for part in sorted({part for part, _ in pieces})]
+def _read_block(
+    source: Source, pieces: list, excluded: np.ndarray, key: list, mine: slice, draw: tuple[str, int, int] | None
+) -> dict[str, np.ndarray]:
+    """Read row groups (part, group), drop the excluded images, permute the rows by key, and keep mine."""
+    parts = sorted({part for part, _ in pieces})
+    reads = [source.read(part, [g for p, g in pieces if p == part], draw) for part in parts]
     image_ids, betas, targets = (np.concatenate(arrays) for arrays in zip(*reads))
     keep = np.flatnonzero(~np.isin(image_ids, excluded))
-    keep = keep[rng(*key).permutation(len(keep))]
+    keep = keep[rng(*key).permutation(len(keep))][mine]
     return {"betas": betas[keep], "targets": targets[keep]}
+
+
+def steps_per_epoch(n_rows: Sequence[int], batch_size: int, world_size: int) -> int:
+    """Steps in which subjects with n_rows training images each are gone through together, some batch_size images a step.
+
+    Every worker needs two of a subject's images in each step: batch norm cannot do with less.
+    """
+    if min(n_rows) < 2 * world_size:
+        raise ValueError(
+            f"{min(n_rows)} training images are too few for {world_size} training workers with at least two each; "
+            "lower --cluster.n-train-workers"
+        )
+    return min(max(1, round(sum(n_rows) / max(2, batch_size))), min(n_rows) // (2 * world_size))
 
 
 class TrainingStream:
     """The batches of one training worker, epoch after epoch, from one Ray Data execution.
 
-    excluded: image_ids that are left out (the validation images). batch_size: rows per step over all workers. Each epoch
-    has the same number of steps on every worker, and deals each worker's rows evenly over them, so no row is dropped.
+    excluded: image_ids that are left out (the validation images). n_steps: steps of an epoch; its rows are dealt evenly over
+    them, so none is dropped, and a step's rows are the same whatever world_size: a worker has every world_size-th of them.
+    sampling: "mean" over repeats, or as `draw_repeats`.
     """
 
-    def __init__(self, source: Source, excluded: np.ndarray, batch_size: int, n_epochs: int, seed: int, rank: int = 0,
-                 world_size: int = 1):  # fmt: skip
+    def __init__(self, source: Source, excluded: np.ndarray, n_steps: int, n_epochs: int, seed: int, rank: int = 0,
+                 world_size: int = 1, sampling: str = "mean"):  # fmt: skip
         self.source, self.excluded, self.n_epochs, self.seed = source, excluded, n_epochs, seed
-        self.rank, self.world_size, self._blocks = rank, world_size, None
-        self.batch_size = max(2, batch_size // world_size)  # batch norm needs two rows
+        self.rank, self.world_size, self.sampling, self._blocks = rank, world_size, sampling, None
         kept = [np.flatnonzero(~np.isin(part.image_ids, excluded)) for part in source.parts]
         self.pieces = [
             (part, group, int(((rows // ROWS_PER_GROUP) == group).sum()))
             for part, rows in enumerate(kept)
             for group in range(-(-len(source.parts[part].image_ids) // ROWS_PER_GROUP))
         ]
-        if len(self.pieces) < world_size:
-            raise ValueError(
-                f"{len(self.pieces)} row groups of {ROWS_PER_GROUP} training images cannot be shared among {world_size} "
-                "training workers; lower --cluster.n-train-workers"
-            )
-
-    def _share(self, epoch: int, rank: int) -> list[tuple[int, int, int]]:
-        order = rng(self.seed, "epoch", epoch).permutation(len(self.pieces))
-        return [self.pieces[i] for i in order[rank :: self.world_size]]
+        n_rows = sum(n for *_, n in self.pieces)
+        self.edges = np.cumsum([0, *(len(rows) for rows in np.array_split(np.empty(n_rows), n_steps))])
 
     def __call__(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """The batches of an epoch: betas (b, n_voxels) float32, targets (b, n_targets) float32, and the number of rows of
@@ -168,15 +190,20 @@ class TrainingStream:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         items = []
         for epoch in range(first_epoch, self.n_epochs):
-            share = self._share(epoch, self.rank)
-            for start in range(0, len(share), GROUPS_PER_BLOCK):
-                pieces = [piece[:2] for piece in share[start : start + GROUPS_PER_BLOCK]]
-                items.append({"block": json.dumps([pieces, [self.seed, "rows", epoch, self.rank, start]])})
-        source, excluded = ray.put(self.source), self.excluded
+            order, n_before = rng(self.seed, "epoch", epoch).permutation(len(self.pieces)), 0
+            for start in range(0, len(order), GROUPS_PER_BLOCK):
+                pieces = [self.pieces[i] for i in order[start : start + GROUPS_PER_BLOCK]]
+                first = (self.rank - n_before) % self.world_size
+                items.append({"block": json.dumps([[piece[:2] for piece in pieces], epoch, start, first])})
+                n_before += sum(n for *_, n in pieces)
+        source, excluded, every = ray.put(self.source), self.excluded, self.world_size
+        seed, sampling = self.seed, self.sampling
 
         def read(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            pieces, key = json.loads(str(batch["block"][0]))
-            return _read_block(ray.get(source), pieces, excluded, key)
+            pieces, epoch, start, first = json.loads(str(batch["block"][0]))
+            draw = None if sampling == "mean" else (sampling, seed, epoch)
+            key = [seed, "rows", epoch, 0, start]  # 0: the order of the first worker, which all follow
+            return _read_block(ray.get(source), pieces, excluded, key, slice(first, None, every), draw)
 
         items = ray.data.from_items(items, override_num_blocks=len(items))
         # No CPU is asked for: beside trainings that hold all of them, the readers would wait for ever.
@@ -184,16 +211,80 @@ class TrainingStream:
         return iter(blocks.iter_batches(batch_size=None, prefetch_batches=2))
 
     def _epoch(self, epoch: int, blocks: Iterator[dict]) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        totals = [sum(n for _, _, n in self._share(epoch, rank)) for rank in range(self.world_size)]
-        n_steps = max(1, round(max(totals) / self.batch_size))
-        sizes = [[len(x) for x in np.array_split(np.empty(total), n_steps)] for total in totals]
+        own = -(-(self.edges - self.rank).clip(0) // self.world_size)  # of the rows before each edge
         pending: list[dict] = []
-        for step in range(n_steps):
-            size = sizes[self.rank][step]
+        for size, n_global in zip(np.diff(own), np.diff(self.edges)):
             while sum(len(block["betas"]) for block in pending) < size:
                 pending.append(next(blocks))
             betas, targets = (np.concatenate([block[k] for block in pending]) if len(pending) > 1 else pending[0][k]
                               for k in ("betas", "targets"))  # fmt: skip
             pending = [{"betas": betas[size:], "targets": targets[size:]}] if len(betas) > size else []
-            n_global = sum(worker[step] for worker in sizes)
-            yield torch.tensor(betas[:size]), torch.tensor(targets[:size]).float(), n_global
+            yield torch.tensor(betas[:size]), torch.tensor(targets[:size]).float(), int(n_global)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Target columns (n, n_i) side by side; rows are put together when they are asked for."""
+
+    arrays: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Targets (n_rows, n_targets)."""
+        return np.concatenate([array[rows] for array in self.arrays], 1)
+
+
+class TrainingArrays(NamedTuple):
+    """A subject's training images, split into those to fit to and those held out. All read-only."""
+
+    betas: np.ndarray
+    """z-scored by the moments of the images to fit to, (n, n_voxels) float32."""
+    targets: Columns
+    """(n, n_targets) float16, raw."""
+    val_betas: np.ndarray
+    val_targets: Columns
+    scale: dict[str, np.ndarray]
+    """Moments of the images to fit to: betas_mean, betas_std (n_voxels,), latents_mean, latents_std (n_targets,)."""
+
+
+@dataclass(frozen=True)
+class SharedArrays:
+    """A subject's `TrainingArrays` in Ray's object store, for many trainings: read once, sent once to each node, and mapped by
+    every process there without a copy. They last as long as the process that made them."""
+
+    fixed: ray.ObjectRef
+    columns: dict[str, ray.ObjectRef]
+    """One object per target column, so that a training of two layers maps only these."""
+
+    def get(self, columns: Sequence[str]) -> TrainingArrays:
+        """The arrays with these target columns, in any process of the cluster."""
+        betas, val_betas, scale = ray.get(self.fixed)
+        targets, val_targets, means, stds = zip(*ray.get([self.columns[name] for name in columns]))
+        scale = scale | {"latents_mean": np.concatenate(means), "latents_std": np.concatenate(stds)}
+        return TrainingArrays(betas, Columns(targets), val_betas, Columns(val_targets), scale)
+
+
+def share_arrays(subject: SubjectPlan, columns: Sequence[str], held_out: np.ndarray, kind: str = "vdvae") -> SharedArrays:
+    """Read a subject's training images into the object store, split into those to fit to and held_out (image_ids)."""
+    shared = ray.put(subject)
+    refs = {name: _share_column.remote(shared, name, held_out, kind) for name in columns}
+    return SharedArrays(_share_betas.remote(shared, held_out), refs)
+
+
+@ray.remote(num_cpus=1)
+def _share_betas(subject: SubjectPlan, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """z-scored betas of the images to fit to and of the held-out ones, and the former's moments."""
+    image_ids, betas = read_samples(subject, "train")
+    is_held_out = np.isin(image_ids, held_out)
+    mean, std = moments(betas[~is_held_out])
+    scaled = zscore(betas, mean, std)
+    return scaled[~is_held_out], scaled[is_held_out], {"betas_mean": mean, "betas_std": std}
+
+
+@ray.remote(num_cpus=1)
+def _share_column(subject: SubjectPlan, column: str, held_out: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
+    """Targets (n, n_i) float16 of the images to fit to and of the held-out ones, and the former's moments."""
+    targets, is_held_out = read_targets(subject, "train", [column], kind), np.isin(subject.image_ids("train"), held_out)
+    return targets[~is_held_out], targets[is_held_out], *moments(targets[~is_held_out])

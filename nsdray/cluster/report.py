@@ -17,7 +17,7 @@ from nsdray.metrics.table import N_POOL, format_table
 from nsdray.models.backbones import BACKBONES
 from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render, show
 from nsdray.seeds import rng
-from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
+from nsdray.stages import IMAGES, Plan, SubjectPlan
 
 N_GRID_IMAGES = 12
 N_EXTREMES = 4
@@ -152,8 +152,8 @@ def published_section(plan: Plan) -> Section | None:
 def curve_section(plan: Plan) -> Section | None:
     """Learning curves of the networks."""
     figures = []
-    for model in () if plan.is_referee else plan.models:
-        stage, lines = plan.model(Fit(model, "vdvae")), {}
+    for fit in () if plan.is_referee else plan.fits:
+        stage, lines = plan.model(fit), {}
         for subject in plan.subjects:
             folder = f"{stage.folder}/{subject.folder}"
             if "history.json" not in plan.store.sizes(folder):
@@ -162,7 +162,7 @@ def curve_section(plan: Plan) -> Section | None:
             epochs = [entry["epoch"] + 1 for entry in history]
             lines[f"subject {subject.subject}"] = Line(epochs, [entry["val_loss"] for entry in history])
         if lines:
-            figures.append(Figure(line_chart(lines, "epoch", "validation loss (standardised latents)"), model))
+            figures.append(Figure(line_chart(lines, "epoch", "validation loss (standardised targets)"), plan.label(fit)))
     return Section("Learning curves", figures=figures, side_by_side=True) if figures else None
 
 

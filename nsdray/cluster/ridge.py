@@ -29,7 +29,7 @@ def decoder_card(subject: SubjectPlan, fit: Fit, rescale: str, network: dict) ->
     plan, config = subject.plan, subject.plan.config
     source = (config.targets.vdvae, plan.vdvae_sha256) if fit.kind == "vdvae" else (config.clip.model, plan.clip_sha256)
     shapes = [list(shape) for shape in plan.shapes(fit.kind)]
-    return DecoderCard(subject.subject, fit.regressor, fit.kind, plan.columns(fit.kind), shapes, rescale, *source,
+    return DecoderCard(subject.subject, fit.network, fit.kind, plan.columns(fit.kind), shapes, rescale, *source,
                        plan.is_simulated, network)  # fmt: skip
 
 

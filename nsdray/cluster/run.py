@@ -244,7 +244,7 @@ def stage2_call(subject: SubjectPlan, model: str | None) -> tuple[str, tuple]:
         return "round_trip", ()
     if model == "nearest":
         train = plan.targets("clip_vision"), subject.targets("train"), [part.name for part in subject.parts("train")]
-        return "find_nearest", (train, subject.image_ids("train"), rows_of(subject, "ridge", "clip_vision"))
+        return "find_nearest", (train, subject.image_ids("train"), rows_of(subject, model, "clip_vision"))
     tokens = (rows_of(subject, model, kind) if kind in plan.kinds else None for kind in KINDS[1:])
     return "reconstruct_stage2", (plan.stage1(model), *tokens)
 

@@ -7,11 +7,13 @@ return value, not from ``fit().metrics``, which Train V2 binds to the last repor
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -22,16 +24,17 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from safetensors.torch import save
 from tqdm import tqdm
 
-from nsdray.cluster.data import Source, TrainingStream
+from nsdray.cluster.data import Source, TrainingStream, steps_per_epoch
 from nsdray.cluster.ridge import decoder_card, finish_decoder
 from nsdray.config import ClusterConfig, digest
-from nsdray.decoder import Scaling
+from nsdray.decoder import Decoder, Scaling
 from nsdray.regressors import REGRESSORS
-from nsdray.regressors.scaling import Moments, moments, zscore
+from nsdray.regressors.scaling import Moments, moments
+from nsdray.regressors.shared import SharedRegressor, is_trunk, pack, subject_state, with_trunk
 from nsdray.seeds import derive
-from nsdray.stages import Fit, SubjectPlan
+from nsdray.stages import Fit, Plan, SubjectPlan
 from nsdray.store import Store
-from nsdray.training import predict, train
+from nsdray.training import Context, DivergedError, free_memory, predict, require_memory, train
 
 
 class RayContext:
@@ -69,11 +72,12 @@ class RayContext:
 class CurveLogger(UserCallback):
     """Sends every epoch's metrics to the tracker, from Ray Train's controller."""
 
-    def __init__(self, tracker: Any, key: str):
-        self.tracker, self.key = tracker, key
+    def __init__(self, tracker: Any, keys: list[str]):
+        self.tracker, self.keys = tracker, keys
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        self.tracker.log_epoch.remote(self.key, metrics[0])
+        for key in self.keys:
+            self.tracker.log_epoch.remote(key, metrics[0])
 
 
 def validation_images(subject: SubjectPlan, fraction: float) -> np.ndarray:
@@ -83,51 +87,123 @@ def validation_images(subject: SubjectPlan, fraction: float) -> np.ndarray:
     return np.sort(ids[order[: max(2, round(fraction * len(ids)))]])
 
 
-def train_worker(arguments: dict[str, Any]) -> dict[str, float]:
-    """What one Ray Train worker does: fit the network; the first one writes the decoder."""
-    subject, fit = arguments["subject"], arguments["fit"]
-    config, settings = subject.plan.config, subject.plan.config.settings(fit.regressor)
-    context = RayContext()
-    held_out = validation_images(subject, settings["validation_fraction"])
-    source = Source.of(subject, "train", subject.plan.columns(fit.kind), fit.kind)
-    betas_moments, latents_moments, val_betas, val_latents = scan(source, held_out)
-    (betas_mean, betas_std), (latents_mean, latents_std) = ((m.mean, m.std) for m in (betas_moments, latents_moments))
-    val_betas, val_latents = torch.from_numpy(zscore(val_betas, betas_mean, betas_std)), torch.from_numpy(val_latents)
+def train_worker(arguments: dict[str, Any]) -> dict[str, float] | DivergedError:
+    """What one Ray Train worker does: fit the network; the first one writes the decoders.
 
-    torch.manual_seed(derive(config.seed, "initial weights", subject.subject))
-    network_arguments = {name: settings[name] for name in ("hidden", "dropout")}
-    network = REGRESSORS[fit.regressor](len(betas_mean), len(latents_mean), **network_arguments)
-    stream = TrainingStream(source, held_out, settings["batch_size"], settings["n_epochs"],
-                            config.seed, context.rank, context.world_size)  # fmt: skip
-    scale = torch.from_numpy(betas_mean), torch.from_numpy(betas_std)
+    A divergence is returned, not raised: all workers find it at once, and Ray Train would try the same again.
+    """
+    try:
+        return fit_network(arguments["subjects"], arguments["fit"], RayContext())
+    except DivergedError as error:
+        return error
 
-    def batches(epoch: int):
-        for raw_betas, raw_targets, n_global in stream(epoch):
-            yield standardise(raw_betas, *scale), raw_targets, n_global
 
+def fit_network(subjects: list[SubjectPlan], fit: Fit, context: Context) -> dict[str, float]:
+    """Fit one network to all of these subjects; the first worker writes their decoders. The metrics of its best epoch."""
+    plan, config = subjects[0].plan, subjects[0].plan.config
+    settings, sizes = config.settings(fit.regressor), getattr(config, fit.network).sizes()
+    held_out = [validation_images(subject, settings["validation_fraction"]) for subject in subjects]
+    sources = [Source.of(subject, "train", plan.columns(fit.kind), fit.kind) for subject in subjects]
+    n_rows = [sum(len(part.image_ids) for part in source.parts) - len(ids) for source, ids in zip(sources, held_out)]
+    n_steps = steps_per_epoch(n_rows, settings["batch_size"], context.world_size)
+    n_voxels, n_targets = [len(subject.voxels.index) for subject in subjects], sum(math.prod(s) for s in plan.shapes(fit.kind))
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in build(fit, n_voxels, n_targets, sizes).parameters())
+    n_rows_step = -(-sum(n_rows) // (n_steps * context.world_size))
+    require_memory(n_parameters, max(n_voxels), n_targets, n_rows_step, free_memory(context.device))
+
+    scans = [scan(source, ids) for source, ids in zip(sources, held_out)]
+    scales = [(torch.from_numpy(own.betas.mean), torch.from_numpy(own.betas.std)) for own in scans]
+    val_betas = [standardise(own.val_betas, scale) for own, scale in zip(scans, scales)]
+    torch.manual_seed(derive(config.seed, "initial weights", *(subject.subject for subject in subjects)))
+    network = build(fit, n_voxels, n_targets, sizes)
+    latents_mean, latents_std = target_moments(scans)
+    rate_factor = None
+    if settings["pretrained"] is not None:
+        base = pretrained_decoder(plan, fit, sizes)
+        latents_mean, latents_std = base.scaling.latents_mean, base.scaling.latents_std  # what the trunk's outputs mean
+        network = with_trunk(network, base.network.state_dict())
+        rate_factor = partial(trunk_rate, network, settings["trunk_rate"])
+    streams = [TrainingStream(source, ids, n_steps, settings["n_epochs"], config.seed, context.rank, context.world_size,
+                              settings["sampling"]) for source, ids in zip(sources, held_out)]  # fmt: skip
     share = slice(context.rank, None, context.world_size)
+    validation = join(fit, [x[share] for x in val_betas]), torch.cat([own.val_latents[share] for own in scans])
     names = ("n_epochs", "learning_rate", "weight_decay", "patience", "warmup_epochs", "clip_norm", "checkpoint_every")
     result = train(
-        network, batches, (val_betas[share], val_latents[share]), context, seed=config.seed, target_mean=latents_mean,
-        target_std=latents_std, **{name: settings[name] for name in names},
+        network, partial(joint_batches, fit, streams, scales), validation, context, seed=config.seed,
+        target_mean=latents_mean, target_std=latents_std, rate_factor=rate_factor, **{name: settings[name] for name in names},
     )  # fmt: skip
     if context.rank == 0:
-        network.load_state_dict(result["state"])
-        predictions_mean, predictions_std = moments(predict(network, val_betas, latents_mean, latents_std).numpy())
-        scaling = Scaling(subject.voxels.index, betas_mean, betas_std, latents_mean, latents_std, predictions_mean,
-                          predictions_std)  # fmt: skip
-        stage = subject.plan.model(fit)
-        folder = f"{stage.folder}/{subject.folder}"
-        weights = save({name: value.contiguous() for name, value in result["state"].items()})
-        subject.plan.store.write_bytes(f"{folder}/network.safetensors", weights)
-        subject.plan.store.write_bytes(f"{folder}/history.json", json.dumps(result["history"], indent=1).encode())
-        finish_decoder(subject, stage, decoder_card(subject, fit, settings["rescale"], network_arguments), scaling)
+        for place, (subject, betas, scale) in enumerate(zip(subjects, val_betas, scales)):
+            layer = REGRESSORS[fit.network].INPUT
+            state = subject_state(result["state"], place, layer) if fit.is_shared else result["state"]
+            own = REGRESSORS[fit.network](n_voxels[place], n_targets, **sizes)
+            own.load_state_dict(state)
+            held_out_moments = moments(predict(own, betas, latents_mean, latents_std).numpy())
+            scaling = Scaling(subject.voxels.index, *(x.numpy() for x in scale), latents_mean, latents_std, *held_out_moments)
+            write_network(subject, fit, state, result["history"], scaling)
     return result["history"][result["best_epoch"]] | {"n_epochs_run": len(result["history"])}
 
 
-def scan(source: Source, held_out: np.ndarray) -> tuple[Moments, Moments, np.ndarray, np.ndarray]:
-    """One pass over the training parts: moments of betas and latents of the images that are fitted to, and the held-out
-    images' betas and latents, float32."""
+def build(fit: Fit, n_voxels: list[int], n_targets: int, sizes: dict[str, Any]) -> torch.nn.Module:
+    """The network of a fit, plain for one subject or shared by several."""
+    network = REGRESSORS[fit.network]
+    return SharedRegressor(network, n_voxels, n_targets, **sizes) if fit.is_shared else network(*n_voxels, n_targets, **sizes)
+
+
+def join(fit: Fit, betas: list[torch.Tensor]) -> torch.Tensor:
+    """Subjects' z-scored betas as the network wants them."""
+    return pack(betas) if fit.is_shared else betas[0]
+
+
+def joint_batches(fit: Fit, streams: list[TrainingStream], scales: list, epoch: int):
+    """The batches of an epoch (`nsdray.training.Batches`): of each subject its share in every step."""
+    for steps in zip(*(stream(epoch) for stream in streams)):
+        betas = [standardise(raw, scale) for (raw, _, _), scale in zip(steps, scales)]
+        yield join(fit, betas), torch.cat([targets for _, targets, _ in steps]), sum(n for *_, n in steps)
+
+
+def trunk_rate(network: torch.nn.Module, rate: float, name: str) -> float:
+    """Factor on a parameter's learning rate in fine-tuning."""
+    return rate if is_trunk(network, name) else 1.0
+
+
+def pretrained_decoder(plan: Plan, fit: Fit, sizes: dict[str, Any]) -> Decoder:
+    """The decoder to fine-tune. ValueError if it predicts something else, or by another network."""
+    folder = plan.pretrained(fit)
+    decoder = Decoder.load(folder)
+    source = plan.config.targets.vdvae if fit.kind == "vdvae" else plan.config.clip.model
+    wanted = {"regressor": fit.network, "kind": fit.kind, "columns": plan.columns(fit.kind), "network": sizes, "source": source}
+    for name, value in wanted.items():
+        found = getattr(decoder.card, name)
+        if found != value:
+            raise ValueError(f"{folder} cannot be fine-tuned to this: its {name} is {found}, wanted {value}")
+    return decoder
+
+
+def write_network(subject: SubjectPlan, fit: Fit, state: dict[str, torch.Tensor], history: list, scaling: Scaling) -> None:
+    """Write a subject's decoder, and mark it as finished."""
+    plan, stage, settings = subject.plan, subject.plan.model(fit), getattr(subject.plan.config, fit.network)
+    folder = f"{stage.folder}/{subject.folder}"
+    weights = save({name: value.contiguous() for name, value in state.items()})
+    plan.store.write_bytes(f"{folder}/network.safetensors", weights)
+    plan.store.write_bytes(f"{folder}/history.json", json.dumps(history, indent=1).encode())
+    finish_decoder(subject, stage, decoder_card(subject, fit, settings.rescale, settings.sizes()), scaling)
+
+
+class Scan(NamedTuple):
+    """What one pass over a subject's training parts gives."""
+
+    betas: Moments
+    """Of the images that are fitted to."""
+    latents: Moments
+    val_betas: torch.Tensor
+    """Of the held-out images, float32, percent signal change."""
+    val_latents: torch.Tensor
+
+
+def scan(source: Source, held_out: np.ndarray) -> Scan:
+    """One pass over the training parts."""
     betas_moments, latents_moments, val_betas, val_latents = Moments(), Moments(), [], []
     for index in range(len(source.parts)):
         image_ids, betas, latents = source.read(index)
@@ -136,43 +212,58 @@ def scan(source: Source, held_out: np.ndarray) -> tuple[Moments, Moments, np.nda
         latents_moments.add(latents[~is_held_out])
         val_betas.append(betas[is_held_out])
         val_latents.append(latents[is_held_out].astype(np.float32))
-    return betas_moments, latents_moments, np.concatenate(val_betas), np.concatenate(val_latents)
+    held_out_rows = (torch.from_numpy(np.concatenate(rows)) for rows in (val_betas, val_latents))
+    return Scan(betas_moments, latents_moments, *held_out_rows)
 
 
-def standardise(betas: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """`zscore` for tensors: 0 where std is 0."""
+def target_moments(scans: list[Scan]) -> tuple[np.ndarray, np.ndarray]:
+    """Moments of all subjects' targets together, each (n_targets,)."""
+    together = Moments()
+    for own in scans:
+        together.merge(own.latents)
+    return together.mean, together.std
+
+
+def standardise(betas: torch.Tensor, scale: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`zscore` for tensors, by (mean, std): 0 where std is 0."""
+    mean, std = scale
     return (betas - mean) * torch.where(std > 0, 1 / std.clamp_min(1e-30), 0)
 
 
 def train_networks(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> None:
-    """Train one network per subject, as many at a time as the cluster has room for, and write their decoders."""
+    """Train one network per subject, as many at a time as the cluster has room for, or one for all subjects of the plan if it
+    is shared, and write their decoders."""
     if not subjects:
         return
+    teams = [subjects[0].plan.subjects] if fit.is_shared else [[subject] for subject in subjects]
     # The controller takes one report per poll; at its default of 2 s, an epoch could not be shorter than that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     at_once = parallel_trainings(subjects[0].plan.config.cluster, ray.cluster_resources())
-    threads = ThreadPoolExecutor(at_once)
+    threads, label = ThreadPoolExecutor(at_once), subjects[0].plan.label(fit)
     try:
-        running = {threads.submit(_fit, subject, fit, tracker): subject for subject in subjects}
-        with tqdm(total=len(running), desc=f"train {fit.regressor} ({at_once} at a time)", unit="subject") as progress:
+        running = {threads.submit(_fit, team, fit, tracker): team for team in teams}
+        with tqdm(total=len(running), desc=f"train {label} ({at_once} at a time)", unit="network") as progress:
             for done in as_completed(running):
                 best = done.result()
                 progress.update()
+                who = ", ".join(str(subject.subject) for subject in running[done])
                 tqdm.write(
-                    f"  subject {running[done].subject}: {fit.regressor} stopped after {best['n_epochs_run']} epochs, best epoch "
+                    f"  subject {who}: {label} stopped after {best['n_epochs_run']} epochs, best epoch "
                     f"{best['epoch'] + 1}, validation MSE {best['val_mse']:.4f}, MAE {best['val_mae']:.4f}"
                 )
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _fit(subject: SubjectPlan, fit: Fit, tracker: Any) -> dict[str, float]:
-    plan, cluster = subject.plan, subject.plan.config.cluster
-    name = f"{plan.model(fit).folder}/{subject.folder}-{digest(subject.inputs)}".replace("/", "_")
+def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float]:
+    plan, cluster = subjects[0].plan, subjects[0].plan.config.cluster
+    who = "all" if fit.is_shared else subjects[0].folder
+    name = f"{plan.model(fit).folder}/{who}-{digest([subject.inputs for subject in subjects])}".replace("/", "_")
+    keys = [subject.run_key(fit.regressor) for subject in subjects] if fit.kind == "vdvae" else []  # tokens: history.json
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"subject": subject, "fit": fit},
+        train_loop_config={"subjects": subjects, "fit": fit},
         scaling_config=ScalingConfig(
             num_workers=cluster.n_train_workers, use_gpu=bool(n_gpus),
             resources_per_worker={"CPU": cluster.cpus_per_train_worker} | ({"GPU": 1} if n_gpus else {}),
@@ -182,14 +273,17 @@ def _fit(subject: SubjectPlan, fit: Fit, tracker: Any) -> dict[str, float]:
             storage_path=plan.store.uri("training"),
             failure_config=FailureConfig(max_failures=cluster.max_retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[CurveLogger(tracker, subject.run_key(fit.regressor))],
+            callbacks=[CurveLogger(tracker, keys)],
         ),
     )  # fmt: skip
     forget_broken_run(plan.store, f"training/{name}")
     try:
-        return trainer.fit().return_value
+        result = trainer.fit().return_value
     except WorkerGroupError as error:  # tell what went wrong in the worker
         raise next(iter(error.worker_failures.values()), error) from error
+    if isinstance(result, DivergedError):
+        raise DivergedError(f"{plan.label(fit)}, subject {', '.join(str(s.subject) for s in subjects)}: {result}")
+    return result
 
 
 def forget_broken_run(store: Store, folder: str) -> None:

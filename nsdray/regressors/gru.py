@@ -20,6 +20,9 @@ class GRURegressor(nn.Module):
     parameters and never act; each direction is a gated layer (1 - z) * n. The paper does not give the dropout rate.
     """
 
+    INPUT = "gru1"
+    """The layer that knows the voxels; everything above it knows none."""
+
     def __init__(self, n_voxels: int, n_targets: int, hidden: int = 100, dropout: float = 0.2):
         super().__init__()
         for name, value in {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden}.items():
@@ -43,6 +46,14 @@ class GRURegressor(nn.Module):
                 f"betas have shape {tuple(betas.shape)}, this network wants (n_samples, {self.n_voxels}); "
                 "were they cut with another subject's voxels?"
             )
-        x = self.norm1(self.gru1(betas.unsqueeze(1))[0])  # (n_samples, 1, 2h)
-        x = self.norm2(self.gru2(x)[0])
+        return self.trunk(self.read(self.gru1, betas))
+
+    @staticmethod
+    def read(layer: nn.Module, betas: torch.Tensor) -> torch.Tensor:
+        """What an input layer makes of betas: a sequence of one step, (n_samples, 1, 2h)."""
+        return layer(betas.unsqueeze(1))[0]
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        """An input layer's output to standardised targets."""
+        x = self.norm2(self.gru2(self.norm1(x))[0])
         return self.head(self.linear(x).squeeze(1))

@@ -22,6 +22,9 @@ class MLPRegressor(nn.Module):
     training does not depend on how a batch is dealt out to workers.
     """
 
+    INPUT = "layers.0"
+    """The layer that knows the voxels; everything above it knows none."""
+
     def __init__(self, n_voxels: int, n_targets: int, hidden: int = 416, dropout: float = 0.2, n_hidden_layers: int = 2):
         super().__init__()
         sizes = {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden, "n_hidden_layers": n_hidden_layers}
@@ -42,4 +45,13 @@ class MLPRegressor(nn.Module):
                 f"betas have shape {tuple(betas.shape)}, this network wants (n_samples, {self.n_voxels}); "
                 "were they cut with another subject's voxels?"
             )
-        return self.layers(betas)
+        return self.trunk(self.read(self.layers[0], betas))
+
+    @staticmethod
+    def read(layer: nn.Module, betas: torch.Tensor) -> torch.Tensor:
+        """What an input layer makes of betas, (n_samples, h)."""
+        return layer(betas)
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        """An input layer's output to standardised targets."""
+        return self.layers[1:](x)
