@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -11,17 +12,20 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming
 import tyro  # noqa: E402
 
 from nsdray.config import Config  # noqa: E402
-from nsdray.recipes import RECIPES  # noqa: E402
+from nsdray.recipes import RECIPES, read_recipe  # noqa: E402
 from nsdray.stages import Plan  # noqa: E402
 from nsdray.store import resolve_root  # noqa: E402
 
 
 def plan_from_command_line(description: str) -> Plan:
-    """Parse ``[recipe] [--field value …]``, print what is about to happen, and plan it. No recipe means mini."""
+    """Parse ``[recipe] [--field value …]``, print what is about to happen, and plan it. No recipe means mini; a recipe may be a
+    .json file."""
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["mini", *arguments]
     choices = {name: (" ".join((recipe.__doc__ or "").split()), recipe()) for name, recipe in RECIPES.items()}
+    if arguments[0].endswith(".json"):
+        choices[arguments[0]] = ("a recipe file", read_recipe(Path(arguments[0]).expanduser()))
     config = tyro.extras.overridable_config_cli(choices, args=arguments, description=description)
     return announce(config)
 

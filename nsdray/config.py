@@ -380,6 +380,51 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """A search over networks, depths, widths and training settings (jobs/search.py); nothing else reads this."""
+
+    name: str | None = None
+    """Folder of the search below <root>/searches. None: the recipe's name."""
+    models: tuple[Literal["gru", "conv", "transformer", "mlp"], ...] = ("gru", "conv", "transformer", "mlp")
+    """Networks to try. Each starts from its own settings in this configuration."""
+    n_layers: tuple[int, ...] = (2, 6, 14, 15, 23, 31)
+    """VDVAE layers to predict, any from 1 to 75 (31 for the mini VDVAE)."""
+    width: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Factors on the network's hidden units."""
+    dropout: tuple[float, float] = (0.2, 0.8)
+    """Range of the dropout."""
+    learning_rate: tuple[float, float] = (5e-4, 1e-2)
+    """Range of the learning rate, searched on a logarithmic scale."""
+    n_trials: int = 24
+    """Trials in all. The first are one per depth with the first network as it is configured, so that depths can be compared."""
+    n_images: int = 48
+    """Validation images of each subject whose stage-1 pictures are scored."""
+    grace_epochs: int = 4
+    """Epochs that every trial may train; then only the best 1 / reduction go on, and so on (ASHA)."""
+    reduction: int = 3
+    """See grace_epochs."""
+    per_subject: bool = False
+    """One search per subject, instead of trials that train a network for each subject and are judged by their mean."""
+    cpus_per_trial: float = 1.0
+    """CPUs of a trial."""
+    gpus_per_trial: float = 0.25
+    """Share of a GPU of a trial, on clusters that have GPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("models", "n_layers", "width"):
+            require(len(getattr(self, name)) > 0, f"search.{name} is empty")
+        impossible = [n for n in self.n_layers if not 1 <= n <= 75]
+        require(not impossible, f"search.n_layers has {impossible}; the VDVAE's layers are 1 to 75")
+        low, high = self.dropout
+        require(0 <= low <= high < 1, f"search.dropout is {self.dropout}, must be a range within [0, 1)")
+        low, high = self.learning_rate
+        require(0 < low <= high, f"search.learning_rate is {self.learning_rate}, must be a range above 0")
+        for name in ("n_trials", "n_images", "grace_epochs", "cpus_per_trial", "gpus_per_trial"):
+            require(getattr(self, name) > 0, f"search.{name} is {getattr(self, name)}, must be positive")
+        require(self.reduction >= 2, f"search.reduction is {self.reduction}, must be at least 2")
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Use of the Ray cluster. None of this alters results, but for n_train_workers."""
 
@@ -429,6 +474,7 @@ class Config:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

@@ -1,7 +1,11 @@
 """Named complete configurations. A new experiment is a recipe, not a flag."""
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from nsdray.config import (
     ClipConfig,
@@ -67,6 +71,28 @@ def brain_diffuser() -> Config:
     config = ridge_31()
     ridge = RidgeConfig(alpha_vision=60_000.0, alpha_text=100_000.0, rescale="test_moments")
     return replace(config, recipe="brain-diffuser", ridge=ridge, stage2=replace(config.stage2, reference_offset=True))
+
+
+def read_recipe(path: Path) -> Config:
+    """A configuration from a JSON file with Config's fields (as `jobs/search.py` writes it); what it lacks has its default.
+    ValueError names what does not fit."""
+    try:
+        return _filled(Config, json.loads(path.read_text()), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); a recipe file is what jobs/search.py writes as best.json") from error
+
+
+def _filled(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}, wanted an object with the fields of {kind.__name__}")
+    fields = {f.name: f.default_factory for f in dataclasses.fields(kind)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"{where} has the fields {', '.join(unknown)}, which {kind.__name__} does not know")
+    return kind(**{
+        name: _filled(fields[name], value, f"{where}: {name}") if dataclasses.is_dataclass(fields[name])
+        else tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    })  # fmt: skip
 
 
 RECIPES = {

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -107,18 +108,28 @@ class Line:
 
 def line_chart(lines: Mapping[str, Line], x_label: str, y_label: str, ticks: Sequence[str] | None = None) -> bytes:
     """A chart as SVG. ticks: names of the x positions 0, 1, … instead of numbers."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(5.6, 3.4), layout="constrained")
-    FigureCanvasSVG(canvas)
-    axes = canvas.subplots()
+    canvas, axes = _chart()
     for (name, line), colour in zip(lines.items(), COLOURS * len(lines)):
         axes.plot(line.x, line.y, "--" if line.dashed else "-", color=colour, label=name, marker="o" if ticks else None)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     if ticks is not None:
         axes.set_xticks(range(len(ticks)), ticks)
+    return _finished(canvas, axes, x_label, y_label)
+
+
+def _chart() -> tuple[Any, Any]:
+    """An empty matplotlib figure and its axes; matplotlib's global state stays as it is."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(5.6, 3.4), layout="constrained")
+    FigureCanvasSVG(canvas)
+    return canvas, canvas.subplots()
+
+
+def _finished(canvas: Any, axes: Any, x_label: str, y_label: str) -> bytes:
+    """Labels and legend, then the SVG."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
@@ -127,6 +138,30 @@ def line_chart(lines: Mapping[str, Line], x_label: str, y_label: str, ticks: Seq
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Points of one kind, each with a short label."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    labels: Sequence[str]
+
+
+def dot_chart(
+    groups: Mapping[str, Dots], x_label: str, y_label: str, front: tuple[Sequence[float], Sequence[float]] | None = None
+) -> bytes:
+    """Labelled points over a logarithmic x axis as SVG. front: x and y of a line through the best of them."""
+    canvas, axes = _chart()
+    if front is not None:
+        axes.step(*front, where="post", color="#9aa5b4", linewidth=1.2, label="Pareto front", zorder=1)
+    for (name, dots), colour in zip(groups.items(), COLOURS * len(groups)):
+        axes.scatter(dots.x, dots.y, s=28, color=colour, label=name, zorder=2)
+        for x, y, label in zip(dots.x, dots.y, dots.labels):
+            axes.annotate(label, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.set_xscale("log")
+    return _finished(canvas, axes, x_label, y_label)
 
 
 def picture_grid(columns: dict[str, np.ndarray], title: str, cell: int = 96, n_columns_side: int = 1) -> Image.Image:

@@ -81,6 +81,10 @@ class DivergedError(ValueError):
     """A loss is not finite: these settings lead nowhere, however often they are tried."""
 
 
+class TooLargeError(ValueError):
+    """A network does not fit into the memory at hand."""
+
+
 class TargetScale:
     """Between raw targets and the standardised ones that networks predict; targets that never vary are left out."""
 
@@ -269,14 +273,14 @@ def _check_finite(metrics: dict[str, float], clip_norm: float | None) -> None:
 
 
 def require_memory(n_parameters: int, n_inputs: int, n_targets: int, batch_size: int, free: int) -> int:
-    """Bytes that training will take at least, before any of them is taken; ValueError if they are more than are free.
+    """Bytes that training will take at least, before any of them is taken; `TooLargeError` if they are more than are free.
 
     Five float32 for each parameter (weight, gradient, AdamW's two moments, the best epoch's weight), and a batch_size of this
     worker with its n_inputs betas, and its n_targets as targets, prediction, error and gradient.
     """
     network, batch = 5 * 4 * n_parameters, 4 * batch_size * (n_inputs + 4 * n_targets)
     if network + batch > free:
-        raise ValueError(
+        raise TooLargeError(
             f"this network is too large: training its {n_parameters:,} parameters takes {network / 1e9:.1f} GB, a batch of "
             f"{batch_size} another {batch / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Make it narrower, predict fewer "
             "layers or tokens, or lower the batch_size if that is what is large."

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -17,7 +18,7 @@ from nsdray.config import (
     TargetsConfig,
     digest,
 )
-from nsdray.recipes import RECIPES
+from nsdray.recipes import RECIPES, read_recipe
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,17 @@ def test_recipes():
 def test_digest_is_stable():
     assert digest(dataclasses.asdict(RidgeConfig())) == digest(dataclasses.asdict(RidgeConfig(alpha=5e4)))
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_recipe_files(tmp_path):
+    path = tmp_path / "best.json"
+    for recipe in RECIPES.values():
+        path.write_text(json.dumps(dataclasses.asdict(recipe())))
+        assert read_recipe(path) == recipe()
+    path.write_text('{"gru": {"hidden": 7}, "models": ["gru"]}')
+    assert read_recipe(path) == Config(models=("gru",), gru=GRUConfig(hidden=7))
+    for text, message in [("{", "is no JSON"), ('{"gru": {"hiden": 7}}', "gru has the fields hiden, which GRUConfig does not know"),
+                          ('{"gru": 3}', "gru is 3, wanted an object"), ('{"n_layers": 0}', "n_layers is 0")]:  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_recipe(path)

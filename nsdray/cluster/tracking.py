@@ -76,12 +76,14 @@ class Tracker:
             if metrics["epoch"] not in logged:
                 self.log_epoch(key, metrics)
 
-    def log_result(self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes]) -> None:
-        """Final scores, tags and artifacts (name to contents)."""
+    def log_result(
+        self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], step: int = 0
+    ) -> None:
+        """Scores (final ones, or those of a step), tags and artifacts (name to contents)."""
         now = int(time.time() * 1000)
         self.client.log_batch(
             self.runs[key],
-            metrics=[Metric(name, value, now, 0) for name, value in scores.items()],
+            metrics=[Metric(name, value, now, step) for name, value in scores.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,158 @@
+"""What a search found: table, charts of quality against cost, the Pareto fronts, and the best configuration as a recipe file."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+
+from nsdray.cluster.results import flatten, tracking
+from nsdray.cluster.scores import source_name
+from nsdray.cluster.tune import prepare_search, run_search, search_plan
+from nsdray.config import Config, digest
+from nsdray.metrics.pareto import pareto_front
+from nsdray.metrics.table import format_table
+from nsdray.report import Cell, Code, Dots, Figure, Line, Row, Section, Table, dot_chart, line_chart, render
+from nsdray.stages import Plan
+
+FILES = ("table.txt", "trials.csv", "cost.svg", "depth.svg", "best.json", "report.html")
+SHOWN = ("n_layers", "hidden", "dropout", "learning_rate", "score", "ssim", "pixcorr", "val_mse", "parameters/M", "train/s",
+         "decode/ms", "epoch", "front", "status")  # fmt: skip
+
+
+def search(config: Config) -> list[str]:
+    """Search, once for all subjects or once for each; the folders of the searches, with FILES in them."""
+    base = f"searches/{config.search.name or config.recipe}"
+    if not config.search.per_subject:
+        return [search_one(search_plan(config), base)]
+    each = [replace(config, data=replace(config.data, subjects=(s,))) for s in config.data.subjects]
+    return [search_one(search_plan(own), f"{base}/subject={own.data.subjects[0]:02d}") for own in each]
+
+
+def search_one(plan: Plan, folder: str) -> str:
+    """Bring one search up to date and write what it found."""
+    prepare_search(plan)
+    with tracking(plan) as tracker:
+        params = flatten(asdict(plan.config))
+        tags = {"kind": "search", "data": "simulated" if plan.is_simulated else "nsd"}
+        ray.get(tracker.start.remote(folder, f"search: {folder.removeprefix('searches/')}", params, tags))
+        trials = with_fronts(run_search(plan, folder, tracker), plan)
+        files = found(plan, trials)
+        for name, data in files.items():
+            plan.store.write_bytes(f"{folder}/{name}", data)
+        best = trials[trials.model != "ridge"].iloc[0]
+        scores = {name: float(best[name]) for name in ("score", "ssim", "pixcorr")}
+        ray.get(tracker.log_result.remote(folder, scores, {"found": plan.store.uri(folder)}, files))
+    return folder
+
+
+def with_fronts(trials: pd.DataFrame, plan: Plan) -> pd.DataFrame:
+    """Best first, with the column "front": for whom ("all", or subjects) a row is on the front of score and parameters."""
+    trials = trials.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
+    whole = np.where(trials["status"].isin(("trained", "reference")), trials["n_parameters"], np.nan)
+    subjects = [subject.subject for subject in plan.subjects]
+    fronts = {"all": pareto_front(whole, trials["score"])}
+    if len(subjects) > 1:
+        fronts |= {str(s): pareto_front(whole, trials[f"score_{s}"]) for s in subjects}
+    trials["front"] = [" ".join(who for who, front in fronts.items() if front[i]) for i in range(len(trials))]
+    return trials
+
+
+def found(plan: Plan, trials: pd.DataFrame) -> dict[str, bytes]:
+    """The files that a search leaves."""
+    table = search_table(plan, trials)
+    best = json.dumps(asdict(best_recipe(plan.config, trials)), indent=1)
+    charts = {"cost.svg": cost_chart(trials), "depth.svg": depth_chart(trials)}
+    return {"table.txt": table.encode(), "trials.csv": trials.to_csv(index=False).encode(), **charts, "best.json": best.encode(),
+            "report.html": page(plan, trials, charts, best).encode()}  # fmt: skip
+
+
+def shown_rows(trials: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of the table, best first."""
+    rows = []
+    for trial in trials.to_dict("records"):
+        values = trial | {"parameters/M": trial["n_parameters"] / 1e6, "train/s": trial["train_s"],
+                          "decode/ms": 1000 * trial["decode_s"], "epoch": none_if_nan(trial.get("epoch"), int),
+                          "status": str(trial["status"]).split(":")[0]}  # fmt: skip
+        values |= {"hidden": none_if_nan(trial.get("hidden"), int), "n_layers": int(trial["n_layers"])}
+        rows.append({"model": trial["model"]} | {name: none_if_nan(values.get(name)) for name in SHOWN})
+    return rows
+
+
+def none_if_nan(value: Any, kind: type | None = None) -> Any:
+    """None for what is not there."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return None
+    return kind(value) if kind else value
+
+
+def title_of(plan: Plan) -> str:
+    subjects = " ".join(str(subject.subject) for subject in plan.subjects)
+    return f"Search on validation images, {source_name(plan)}, subjects {subjects}, {len(plan.config.search.n_layers)} depths"
+
+
+def notes(plan: Plan) -> list[str]:
+    """How to read the table."""
+    return [
+        "score: mean of SSIM and PixCorr of stage-1 pictures of validation images; higher is better, and depths can be compared.",
+        "val_mse: of raw latents, within a depth only. train: s a subject; decode: ms a picture. epoch: where it was stopped.",
+        "front: for whom nothing with as few parameters is as good. ridge: a reference, not a trial.",
+    ]
+
+
+def search_table(plan: Plan, trials: pd.DataFrame) -> str:
+    """The table as text."""
+    return "\n".join([title_of(plan), format_table(shown_rows(trials)), *notes(plan)]) + "\n"
+
+
+def cost_chart(trials: pd.DataFrame) -> bytes:
+    """Score against parameters, with the front over all subjects."""
+    whole = trials[trials["status"].isin(("trained", "reference"))]
+    dots = {model: Dots(own["n_parameters"] / 1e6, own["score"], own["n_layers"].astype(str))
+            for model, own in whole.groupby("model")}  # fmt: skip
+    front = whole[whole["front"].str.startswith("all")].sort_values("n_parameters")
+    line = front["n_parameters"] / 1e6, front["score"]
+    return dot_chart(dots, "parameters of a subject's model (millions)", "score of validation pictures", line)
+
+
+def depth_chart(trials: pd.DataFrame) -> bytes:
+    """The best score of every model at every depth."""
+    whole = trials[trials["status"].isin(("trained", "reference"))]
+    depths = sorted(whole["n_layers"].unique())
+    lines = {}
+    for model, own in whole.groupby("model"):
+        best = own.groupby("n_layers")["score"].max()
+        lines[model] = Line([depths.index(n) for n in best.index], best.to_numpy(), dashed=model == "ridge")
+    return line_chart(lines, "VDVAE layers predicted", "best score of validation pictures", [str(n) for n in depths])
+
+
+def best_recipe(config: Config, trials: pd.DataFrame) -> Config:
+    """The best trial as a configuration that `jobs/train_all_subjects.py` takes."""
+    best = trials[trials["model"] != "ridge"].iloc[0]
+    network = replace(getattr(config, best.model), hidden=int(best.hidden), dropout=float(best.dropout),
+                      learning_rate=float(best.learning_rate))  # fmt: skip
+    name = f"{config.search.name or config.recipe}-best"
+    return replace(config, recipe=name, models=(best.model,), n_layers=int(best.n_layers), **{best.model: network})
+
+
+def page(plan: Plan, trials: pd.DataFrame, charts: dict[str, bytes], best: str) -> str:
+    """The search's own report."""
+    rows = [Row([Cell(cell_text(value)) for value in row.values()], row["model"] == "ridge") for row in shown_rows(trials)]
+    figures = [Figure(charts["cost.svg"], "Quality against cost"), Figure(charts["depth.svg"], "Quality against depth")]
+    space = json.dumps(asdict(plan.config.search), indent=1)
+    sections = [
+        Section("Which depth is worth its cost", notes(plan), figures=figures, side_by_side=True),
+        Section("Trials", tables=[Table(["model", *SHOWN], rows)]),
+        Section("Configuration", code=[Code("Search space", space), Code("Best configuration (best.json)", best)]),
+    ]
+    warning = "SIMULATED brain data (the miniature NSD): it says nothing about real brains." if plan.is_simulated else ""
+    return render("nsdray: search", f"{title_of(plan)} · {digest(json.loads(space))}", sections, warning)
+
+
+def cell_text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
