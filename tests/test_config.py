@@ -73,8 +73,12 @@ def test_recipe_files(tmp_path):
         assert read_recipe(path) == recipe()
     path.write_text('{"gru": {"hidden": 7}, "models": ["gru"]}')
     assert read_recipe(path) == Config(models=("gru",), gru=GRUConfig(hidden=7))
-    for text, message in [("{", "is no JSON"), ('{"gru": {"hiden": 7}}', "gru has the fields hiden, which GRUConfig does not know"),
-                          ('{"gru": 3}', "gru is 3, wanted an object"), ('{"n_layers": 0}', "n_layers is 0")]:  # fmt: skip
+    for text, message in [
+        ("{", "is no JSON"),
+        ('{"gru": {"hiden": 7}}', "gru has the fields hiden, which GRUConfig does not know"),
+        ('{"gru": 3}', "gru is 3, wanted an object"),
+        ('{"n_layers": 0}', "n_layers is 0"),
+    ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_recipe(path)
