@@ -11,6 +11,9 @@ Neither ever holds more than the result and a buffer of BUFFER_BYTES or one volu
 """
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -64,6 +67,35 @@ def read_session(path: Path | str, voxels: Voxels) -> np.ndarray:
     except DAMAGE as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
     return betas
+
+
+def to_stored(betas: np.ndarray) -> tuple[np.ndarray, int]:
+    """Percent signal change as it is stored: int16, x 300, NaN as 0; and how many values were too large and cut."""
+    scaled = np.rint(np.nan_to_num(betas, nan=0.0) * SCALE)
+    low, high = np.iinfo(np.int16).min, np.iinfo(np.int16).max
+    n_cut = int(((scaled < low) | (scaled > high)).sum())
+    return scaled.clip(low, high).astype(np.int16), n_cut
+
+
+@contextmanager
+def session_writer(path: Path, n_trials: int, shape: tuple[int, int, int]) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+    """Write a session as NSD's HDF5, portion by portion: ``write(index, betas)``; the file appears when all is written.
+
+    index: flat, in C order of shape (X, Y, Z). betas: int16 (n_voxels, n_trials). Voxels that are never written are 0.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with h5py.File(partial, "w") as file:
+        chunks = (n_trials, 1, 1, 1)
+        dataset = file.create_dataset("betas", (n_trials, *shape[::-1]), "<i2", chunks=chunks, fillvalue=0)
+
+        def write(index: np.ndarray, betas: np.ndarray) -> None:
+            rows = np.ascontiguousarray(betas, "<i2")
+            for row, x, y, z in zip(rows, *(axis.tolist() for axis in np.unravel_index(index, shape))):
+                dataset.id.write_direct_chunk((0, z, y, x), row.tobytes())
+
+        yield write
+    os.replace(partial, path)
 
 
 def dead_voxels(betas: np.ndarray) -> np.ndarray:
