@@ -251,6 +251,7 @@ def _write_subject(layout: NSDLayout, subject: int, design: _Design, parameters:
     _write_responses(layout.responses(subject), subject, design, parameters["n_sessions"])
     suffix = SESSION_SUFFIXES[parameters["betas_format"] == "nifti"]
     sessions = np.split(design.order, parameters["n_sessions"])
+    bold = Bold.draw(brain.shape, brain.index, brain.noise_maps[-1], seed, subject) if "with_bold" in parameters else None
     for session, shown in enumerate(tqdm(sessions, desc=f"simulated subject {subject}", disable=not progress), 1):
         random = rng(seed, subject, "noise", session)
         volumes = random.standard_normal((len(shown), brain.size), np.float32) * 1.5
@@ -258,11 +259,9 @@ def _write_subject(layout: NSDLayout, subject: int, design: _Design, parameters:
         stored = np.rint(volumes * SCALE).clip(-32768, 32767).astype(np.int16)
         path = layout.betas_folder(subject) / f"betas_session{session:02d}{suffix}"
         write_session(path, stored.reshape(len(shown), *brain.shape))
-        if parameters.get("with_bold"):
-            betas = stored[:, brain.index] / np.float32(SCALE)
-            image_ids = design.images[subject - 1, shown]
-            maps = Bold.draw(brain.shape, brain.index, brain.noise_maps[-1], seed, subject)
-            write_runs(layout, subject, session, maps, betas, image_ids, trials_per_run(len(shown)), seed)
+        if bold:
+            betas, image_ids = stored[:, brain.index] / np.float32(SCALE), design.images[subject - 1, shown]
+            write_runs(layout, subject, session, bold, betas, image_ids, trials_per_run(len(shown)), seed)
 
 
 @dataclass(frozen=True)

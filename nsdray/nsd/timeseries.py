@@ -85,7 +85,7 @@ def _session(layout: NSDLayout, subject: int, session: int, pairs: dict[Path, np
                 f"{path} has {shape[-1]} volumes, its design {len(ids)} lines; expected as many, or one line less. They are not "
                 "of the same run or resolution"
             )
-        runs.append(BoldRun(path, shape, Events(onset * tr, (ids[onset] - 1).tolist())))
+        runs.append(BoldRun(path, shape, Events((onset * tr).tolist(), (ids[onset] - 1).tolist())))
     if not runs:
         raise ValueError(f"subject {subject}, session {session}: no run showed a picture ({', '.join(left_out)})")
     return BoldSession(subject, session, tuple(runs), tr, STIMULUS_S, tuple(left_out))
