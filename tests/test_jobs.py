@@ -45,6 +45,14 @@ def test_help_of_a_recipe_explains_every_field():
     assert "--data.protocol" in output and "sessions 1 to 37" in output and "--ridge.alpha" in output
 
 
+def test_help_and_errors_of_estimate_betas(tmp_path):
+    output = finish(start("estimate_betas", "--help"))
+    assert output.startswith("0") and "python jobs/estimate_betas.py --bids.root" in output
+    assert "NSD's name for this type of betas" in output
+    output = finish(start("estimate_betas", "--nsd-root", "/nowhere", "--store.root", str(tmp_path)))
+    assert not output.startswith("0") and "/nowhere is no folder" in output and "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -152,12 +152,12 @@ def test_files_that_are_not_ours_are_not_overwritten(nsd):
         GLMPlan(GLMConfig(nsd_root=str(nsd), beta_version=DECODED)).missing()
 
 
-def lab_config(bids: Path, tmp_path: Path, **changes) -> GLMConfig:
+def lab_config(root: Path, tmp_path: Path, **changes) -> GLMConfig:
     settings = BIDSConfig(
-        root=str(bids),
-        mask=f"{bids}/masks/sub-{{participant}}.nii.gz",
-        test_images=str(bids / "test_images.txt"),
-        captions=str(bids / "captions.json"),
+        root=str(root),
+        mask=f"{root}/masks/sub-{{participant}}.nii.gz",
+        test_images=str(root / "test_images.txt"),
+        captions=str(root / "captions.json"),
     )
     settings, store = replace(settings, **changes.pop("bids", {})), StoreConfig(str(tmp_path / "store"))
     return GLMConfig(bids=settings, output=str(tmp_path / "out"), store=store, **changes)
