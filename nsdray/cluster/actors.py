@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, from_png, to_png
-from nsdray.generators.stage2 import refine_pictures
+from nsdray.generators.stage2 import refine_pictures, round_trip
 from nsdray.metrics.perceptual import Metric, Preparation, passes, prepare
 from nsdray.models.backbones import features, load_backbone
 from nsdray.models.batching import padded_batches
@@ -150,9 +150,9 @@ class Replica:
 
     def round_trip(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """The control "vae": the seen pictures through Versatile Diffusion's VAE and back, the most that stage 2 could reach."""
-        pictures = refine_pictures(self.diffusion, self._seen(part), None, None, None, part.image_ids, self.config.stage2.seed,
-                                   self.diffusion_batch(), strength=0, guidance=1)  # fmt: skip
-        write_pictures(target, partition, part, "stage2", pictures, self.config.stage2.seed, inputs)
+        seed = self.config.stage2.seed
+        pictures = round_trip(self.diffusion, self._seen(part), part.image_ids, seed, self.diffusion_batch())
+        write_pictures(target, partition, part, "stage2", pictures, seed, inputs)
 
     def find_nearest(self, target: Stage, partition: str, part: Part, inputs: Inputs, train: Rows, train_ids: np.ndarray,
                      predicted: Rows) -> None:  # fmt: skip
