@@ -402,7 +402,8 @@ def trial_row(config: Config, result: Any) -> dict[str, Any]:
     metrics = result.metrics or {}
     row = {name: value for name, value in metrics.items() if name in COLUMNS or name.startswith("score_")}
     hidden = hidden_units(config, result.config["model"], result.config["width"])
-    return dict(result.config) | {"hidden": hidden, "score": FAILED} | row | {"status": metrics.get("status", f"failed: {result.error}")}
+    status = metrics.get("status", f"failed: {result.error}")
+    return dict(result.config) | {"hidden": hidden, "score": FAILED} | row | {"status": status}
 
 
 def prepare_search(plan: Plan) -> None:
