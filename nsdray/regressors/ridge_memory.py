@@ -20,16 +20,17 @@ def ridge_bytes(
     """
     size, n = np.dtype(dtype).itemsize, n_samples
     betas, square = 4 * (n + n_test) * n_voxels, size * n * n
+    chunk = size * (n + n_test) * min(N_VOXELS_CHUNK, n_voxels)
     smoothers = size * n_alphas * (n_groups * n_test + n_held_out) * n
-    solving = size * n * (4 * max(n_test, n_held_out) + (n_held_out if n_alphas > 1 else 0))
-    factor = (4 if decomposed else 1) * square  # LAPACK's divide and conquer works in 2 n^2 beside copy and vectors
-    outputs = size * n_targets_block * (3 * n_held_out * max(1, min(n_alphas, 3) // 2 * n_alphas) + 2 * n_groups * n_test)
-    block = 2 * (size * n * n_targets_block + 2 * n * (n_columns or n_targets_block))  # one in use, one being read
-    kept = betas + square * (2 if decomposed else 1) if keep else 0
+    factorising = 3 * square if decomposed else square  # LAPACK's divide and conquer works in 2 n^2
+    solving = max(chunk + size * n_test * n, 4 * size * n * max(n_test, n_held_out))
+    block = size * n * n_targets_block + 2 * n * (n_columns or n_targets_block)
+    outputs = size * n_targets_block * ((n_alphas + 3) * n_held_out + 2 * n_groups * n_test)
+    kept = betas + 2 * square if keep else 0
     return {
-        "kernel": betas + square + 2 * size * n * min(N_VOXELS_CHUNK, n_voxels),
-        "factorisation": betas + square + factor + smoothers + solving,
-        "targets": kept + smoothers + block + outputs,
+        "kernel": betas + square + chunk,
+        "factorisation": betas + square + max(factorising, square + smoothers + solving),
+        "targets": kept + smoothers + 2 * block + outputs,  # a block is in use, another is being read
     }
 
 
@@ -39,6 +40,6 @@ def check_memory(needed: Mapping[str, int], available: float, where: str, remedy
     if needed[phase] > available:
         each = ", ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in needed.items())
         raise ValueError(
-            f"ridge: {phase} needs {needed[phase] / 1e9:.2f} GB, but {where} has {available / 1e9:.2f} GB (by phase, in GB: {each}). "
-            f"{remedy}"
+            f"ridge: {phase} needs {needed[phase] / 1e9:.2f} GB, but {where} has {available / 1e9:.2f} GB "
+            f"(by phase, in GB: {each}). {remedy}"
         )
