@@ -111,6 +111,10 @@ class RidgeKernel:
     device: str | None
 
     @property
+    def n_samples(self) -> int:
+        return len(self.gram_)
+
+    @property
     def dtype(self) -> np.dtype:
         """Precision of the kernel and of all that is computed with it."""
         return np.dtype(str(self.gram_.dtype).removeprefix("torch."))
@@ -130,7 +134,7 @@ class RidgeKernel:
 
     def centre(self, targets: np.ndarray) -> tuple[Array, np.ndarray]:
         """Targets (n_samples, n_targets) of any precision less their mean, on the device, and the mean (n_targets,)."""
-        block = centre_targets(targets, self.dtype, self.device, len(self.betas))
+        block = centre_targets(targets, self.dtype, self.device, self.n_samples)
         return block.centred, block.mean.astype(self.dtype)
 
     def against(self, betas_test: np.ndarray, voxels: np.ndarray | None = None) -> Array:
@@ -142,7 +146,7 @@ class RidgeKernel:
                 "the voxels that the regression was fitted on"
             )
         _finite_mean(betas_test.T, "test betas (by sample)")
-        out = empty((len(betas_test), len(self.betas)), self.dtype, self.device)
+        out = empty((len(betas_test), self.n_samples), self.dtype, self.device)
         out[:] = 0
         for (_, test), (_, train) in zip(self.chunks(betas_test, voxels), self.chunks(self.betas, voxels)):
             out += test @ train.T
@@ -216,7 +220,7 @@ class RidgeFactor:
         has the intercept's 1/n in it (Hastie, Tibshirani, Friedman, Elements of Statistical Learning, eq. 7.64). In
         dual terms that is (G^-1 Y)_i / d_i with d_i = (G^-1)_ii - 1 / (n (alpha + shift)). rows: None means all.
         """
-        n = len(self.kernel.betas)
+        n = self.kernel.n_samples
         rows = check_rows(rows, n)
         each = np.arange(len(rows))
         unit = np.zeros((n, len(rows)), self.kernel.dtype, "F")

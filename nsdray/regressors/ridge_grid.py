@@ -48,14 +48,14 @@ def alpha_scores(
     """Leave-one-out R2 of each target at each alpha, (n_alphas, n_targets) float64. rows: for "sample", the rows that count."""
     rotated = decomposed.vectors.T @ block.centred
     scores = gcv_scores if method == "gcv" else leave_one_out_scores
-    used = check_rows(rows if method == "sample" else None, len(kernel.betas))
+    used = check_rows(rows if method == "sample" else None, kernel.n_samples)
     return scores(kernel, decomposed, alphas, block, rotated, used)
 
 
 def gcv_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
                rows: np.ndarray) -> np.ndarray:  # fmt: skip
     """Generalised cross-validation. rotated: V' Y (n_samples, n_targets), overwritten."""
-    n, values = len(kernel.betas), to_numpy(decomposed.values).astype(np.float64)
+    n, values = kernel.n_samples, to_numpy(decomposed.values).astype(np.float64)
     spread = to_numpy((block.centred * block.centred).sum(0)).astype(np.float64) * (n / (n - 1)) ** 2
     rotated *= rotated
     scores = []
@@ -70,7 +70,7 @@ def gcv_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], 
 def leave_one_out_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
                          rows: np.ndarray) -> np.ndarray:  # fmt: skip
     """Exact leave-one-out on some rows; see `RidgeFactor.leave_one_out_smoother`. rotated: V' Y (n_samples, n_targets)."""
-    n, vectors = len(kernel.betas), decomposed.vectors[rows]
+    n, vectors = kernel.n_samples, decomposed.vectors[rows]
     truth = block.centred[rows] * (n / (n - 1))
     scores = []
     for alpha in alphas:
@@ -107,7 +107,7 @@ def make_smoothers(
     """Smoothers of some alphas. rows: as `Smoothers.rows`, None means all. groups: voxel indices of each group; together they
     hold every voxel once; None makes one group of all."""
     kernel = factors[0].kernel
-    n, rows = len(kernel.betas), check_rows(rows, len(kernel.betas))
+    n, rows = kernel.n_samples, check_rows(rows, kernel.n_samples)
     groups = [None] if groups is None else groups
     held_out = empty((len(factors), len(rows), n), kernel.dtype, kernel.device)
     test = empty((len(factors), len(groups), len(betas_test), n), kernel.dtype, kernel.device)
