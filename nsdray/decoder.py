@@ -132,7 +132,8 @@ class Decoder:
         x = zscore(betas, s.betas_mean, s.betas_std)
         if self.ridge is not None:
             name, x = ("weights", x) if self.training_betas is None else ("dual", x @ self.training_betas.T)
-            return np.concatenate([x @ layer[name] + layer["intercept"] for layer in self.ridge], 1).astype(np.float32, copy=False)
+            predictions = np.concatenate([x @ layer[name] + layer["intercept"] for layer in self.ridge], 1)
+            return predictions.astype(np.float32, copy=False)
         return predict(self.network, x, s.latents_mean, s.latents_std).numpy()
 
     def predict(self, betas: np.ndarray) -> list[np.ndarray]:

@@ -67,6 +67,9 @@ class Cholesky:
     alpha: float
     factor: Array
 
+    def to(self, device: str | None) -> Cholesky:
+        return Cholesky(self.alpha, to_device(self.factor, device))
+
     def solve(self, right: Array) -> Array:
         """(K + alpha I)^-1 right."""
         if isinstance(self.factor, torch.Tensor):
@@ -82,6 +85,9 @@ class Eigen:
     """(n,), ascending, not negative."""
     vectors: Array
     """(n, n), an eigenvector a column."""
+
+    def to(self, device: str | None) -> Eigen:
+        return Eigen(to_device(self.values, device), to_device(self.vectors, device))
 
     def at(self, alpha: float) -> EigenAt:
         return EigenAt(alpha, self)

@@ -222,6 +222,8 @@ class RidgeFactor:
         """
         n = self.kernel.n_samples
         rows = check_rows(rows, n)
+        if not len(rows):
+            return empty((0, n), self.kernel.dtype, self.kernel.device)
         each = np.arange(len(rows))
         unit = np.zeros((n, len(rows)), self.kernel.dtype, "F")
         unit[rows, each] = 1

@@ -77,7 +77,8 @@ def test_voxel_groups():
     names = ["V1v", "", "V1d+OFA", "FFA-1", "hV4", "OFA", "PPA+FFA-1"]
     voxels = Voxels(np.arange(7), (7, 1, 1), names, None)
     groups = voxel_groups(voxels, ["V1", "floc-faces", "hV4"])
-    assert {name: own.tolist() for name, own in groups.items()} == {"V1": [0, 2], "floc-faces": [3, 5, 6], "hV4": [4], "rest": [1]}
+    found = {name: own.tolist() for name, own in groups.items()}
+    assert found == {"V1": [0, 2], "floc-faces": [3, 5, 6], "hV4": [4], "rest": [1]}
     assert list(voxel_groups(Voxels(np.arange(1), (7, 1, 1), ["V1v"], None), ["V1v"])) == ["V1v"]  # nothing is left
     with pytest.raises(ValueError, match="no voxel group 'V9'; choose from V1, .*floc-faces.*PPA"):
         voxel_groups(voxels, ["V9"])
