@@ -14,8 +14,8 @@ process of its own, one after the other:
 - himalaya's KernelRidge on the same token, if it is installed, and nsdray on the same token;
 - this machine's matrix products. The floor is the number of operations that nsdray's way needs, at that rate.
 
-Prints seconds, ratios, peak memory, and how far predictions of a token are off scikit-learn's in float64, relative to their
-standard deviation.
+Prints seconds (without imports), ratios, peak memory (of all processes that share the targets, together), and how far
+predictions of a token are off scikit-learn's in float64, relative to their standard deviation.
 """
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +41,9 @@ from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK
 from nsdray.models.vdvae import VDVAEConfig
 from nsdray.regressors.linalg import find_device
 from nsdray.regressors.ridge import ridge_kernel
-from nsdray.regressors.ridge_grid import ahead, fit_block, make_smoothers
+from nsdray.regressors.ridge_grid import Smoothers, ahead, fit_block, make_smoothers
 from nsdray.regressors.scaling import moments, zscore
-from nsdray.regressors.target_blocks import centre_targets
+from nsdray.regressors.target_blocks import TargetBlock, centre_targets
 from nsdray.stages import Part, layer_name, token_names
 from nsdray.store import Stage, Store, table, view_column
 
@@ -78,7 +80,7 @@ def stage_of(folder: str, name: str) -> Stage:
     return Store(folder).stage(name, {})
 
 
-def write_data(folder: str, sizes: Sizes) -> None:
+def write_data(folder: str, sizes: Sizes) -> dict:
     """Betas that share some variance, as those of neighbouring voxels do; targets from a pool of normal numbers."""
     random = np.random.default_rng(0)
     shared = random.standard_normal((40, sizes.n_voxels), np.float32)
@@ -90,8 +92,8 @@ def write_data(folder: str, sizes: Sizes) -> None:
 
     def targets(n: int, shape: tuple[int, ...]) -> np.ndarray:
         size = n * int(np.prod(shape))
-        start = int(random.integers(len(pool)))
-        return np.resize(pool[start:] if len(pool) - start >= size else pool, size).reshape(n, *shape)
+        start = int(random.integers(len(pool) - size))
+        return pool[start : start + size].reshape(n, *shape)
 
     for part in sizes.parts:
         n = len(part.image_ids)
@@ -101,6 +103,7 @@ def write_data(folder: str, sizes: Sizes) -> None:
             stage_of(folder, f"targets/{kind}").write("train", part.name, table({"image_id": part.image_ids} | data), {})
     ids = np.arange(sizes.n_test)
     stage_of(folder, "samples").write("test", "part-0000.parquet", table({"image_id": ids, "betas": betas(len(ids))}), {})
+    return {}
 
 
 def read_betas(folder: str, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
@@ -138,34 +141,64 @@ def size_of(kind: str, names: list[str]) -> int:
 
 
 def measure_nsdray(folder: str, sizes: Sizes, dtype: str, with_moments: bool, fraction: float, token_only: bool) -> dict:
-    """Seconds before the targets, seconds for them, how many they were."""
-    device, started = find_device(), time.perf_counter()
+    """Seconds before the targets, seconds for them, how many they were, and the workers' peak memory.
+
+    As on a cluster: betas, kernel and factor by one process with all CPUs, then blocks of targets by workers with one CPU (or by
+    this process, if there is a GPU, or for one token).
+    """
+    alone = token_only or find_device() is not None
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers; this process has read it already
+    with nullcontext() if alone else multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
+        if pool:
+            pool.map(time.sleep, [1.0] * pool._processes, 1)  # imports are not counted
+        started = time.perf_counter()
+        prepare(folder, sizes, dtype, with_moments)
+        prepared = time.perf_counter()
+        todo = [("clip_vision", [CHECKED])] if token_only else blocks(fraction)
+        n = 1 if alone else 4 * pool._processes
+        shares = [(folder, sizes, dtype, with_moments, todo[i::n]) for i in range(n)]
+        found = [solve_blocks(*shares[0])] if alone else pool.starmap(solve_blocks, shares, 1)
+    merged = {"before": prepared - started, "targets": time.perf_counter() - prepared, "checked": found[0]["checked"]}
+    peaks: dict[int, float] = {}
+    for own in found:
+        peaks[own["pid"]] = max(peaks.get(own["pid"], 0), own["peak"])
+    return merged | {"n_targets": sum(own["n_targets"] for own in found), "workers": sum(peaks.values())}
+
+
+def prepare(folder: str, sizes: Sizes, dtype: str, with_moments: bool) -> None:
+    """From betas to smoothers, in files that the workers map."""
     train, test = read_betas(folder, sizes)
     rows = np.linspace(0, sizes.n_train - 1, sizes.n_test).astype(int) if with_moments else []
-    kernel = ridge_kernel(train, dtype=np.dtype(dtype), device=device)
-    smoothers = make_smoothers([kernel.factorise(ALPHA, overwrite=True)], test, rows)
-    del train, test, kernel
-    prepared, n_targets, checked = time.perf_counter(), 0, None
-    todo = [("clip_vision", [CHECKED])] if token_only else blocks(fraction)
-    parts = [part.name for part in sizes.parts]
+    kernel = ridge_kernel(train, dtype=np.dtype(dtype), device=find_device())
+    smoothers = make_smoothers([kernel.factorise(ALPHA, overwrite=True)], test, rows).to(None)
+    for name in ("rows", "held_out", "test"):
+        np.save(Path(folder) / f"{name}.npy", getattr(smoothers, name))
 
-    def pieces() -> Iterator[tuple[str, list[str], int, object]]:
+
+def solve_blocks(folder: str, sizes: Sizes, dtype: str, with_moments: bool, todo: list[tuple[str, list[str]]]) -> dict:
+    """Predictions of some blocks of columns, to a file."""
+    device, parts = find_device(), [part.name for part in sizes.parts]
+    arrays = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("rows", "held_out", "test"))
+    smoothers, n_targets, checked = Smoothers((ALPHA,), *arrays).to(device), 0, None
+
+    def pieces() -> Iterator[tuple[bool, TargetBlock]]:
         for kind, names in todo:
             half = read_columns(stage_of(folder, f"targets/{kind}"), "train", parts, names, sizes.n_train)
             for start in range(0, half.shape[1], N_TARGETS_BLOCK):
-                yield kind, names, start, centre_targets(half[:, start : start + N_TARGETS_BLOCK], np.dtype(dtype), device)
+                is_checked = kind == "clip_vision" and names[0] == CHECKED and start == 0
+                yield is_checked, centre_targets(half[:, start : start + N_TARGETS_BLOCK], np.dtype(dtype), device)
 
-    with open(Path(folder) / "predictions.bin", "wb") as file:
-        for kind, names, start, block in ahead(pieces()):
+    with open(Path(folder) / f"predictions-{os.getpid()}.bin", "ab") as file:
+        for is_checked, block in ahead(pieces()):
             fitted = fit_block(smoothers, block)
             predictions = fitted.test.astype(np.float32, copy=False)
             predictions.tofile(file)
             if with_moments:
                 fitted.left_out_moments()
-            if kind == "clip_vision" and names[0] == CHECKED and start == 0:
+            if is_checked:
                 checked = predictions[:, :TOKEN_WIDTH].copy()
             n_targets += predictions.shape[1]
-    return {"before": prepared - started, "targets": time.perf_counter() - prepared, "n_targets": n_targets, "checked": checked}
+    return {"n_targets": n_targets, "checked": checked, "pid": os.getpid(), "peak": peak_bytes() / 1e9}
 
 
 def read_token(folder: str, sizes: Sizes) -> np.ndarray:
@@ -223,14 +256,22 @@ def operations(sizes: Sizes, with_moments: bool) -> float:
 
 def apart(function: Callable[..., dict], *arguments: object) -> dict:
     """Its result in a process of its own, with that process's peak memory in GB."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_with_peak, (function, arguments))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # may start processes itself
+        return pool.submit(_with_peak, function, arguments).result()
 
 
 def _with_peak(function: Callable[..., dict], arguments: tuple) -> dict:
     found = function(*arguments)
     gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
-    return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, "gpu": gpu}
+    return found | {"peak": peak_bytes() / 1e9, "gpu": gpu}
+
+
+def peak_bytes() -> int:
+    """Of this process. On Linux from /proc: ru_maxrss begins with what the parent had when it forked."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def difference(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -240,7 +281,8 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> float:
 
 def line(what: str, seconds: float, found: dict, note: str = "") -> None:
     gpu = f", GPU {found['gpu']:.2f} GB" if found["gpu"] else ""
-    print(f"  {what:38s}{seconds:8.1f} s   peak {found['peak']:5.2f} GB{gpu}   {note}", flush=True)
+    peak = max(found["peak"], found.get("workers", 0))
+    print(f"  {what:38s}{seconds:8.1f} s   peak {peak:5.2f} GB{gpu}   {note}", flush=True)
 
 
 def compare(folder: str, sizes: Sizes, dtype: str, fraction: float, exact: np.ndarray) -> None:
@@ -269,7 +311,7 @@ def compare(folder: str, sizes: Sizes, dtype: str, fraction: float, exact: np.nd
             note += f"; scaled up from {found['n_targets']:,} targets"
         line(f"nsdray, all targets{', with moments' if with_moments else ''}", seconds, found, note)
         print(f"    {slow / seconds:.0f} times as fast as scikit-learn (goal: {goal})")
-        print(f"    {seconds / floor:.2f} times the floor (goal: 1.5), which is {floor:.1f} s for {work / 1e12:.1f} TFLOP", flush=True)
+        print(f"    {seconds / floor:.2f} times the floor (goal: 1.5), {floor:.1f} s for {work / 1e12:.1f} TFLOP", flush=True)
 
 
 def main() -> None:
@@ -287,7 +329,7 @@ def main() -> None:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
         print(f"Ridge, {device}: {sizes.n_train:,} x {sizes.n_voxels:,} betas, {N_TARGETS:,} targets, {sizes.n_test} test images",
               flush=True)  # fmt: skip
-        write_data(folder, sizes)
+        apart(write_data, folder, sizes)
         exact = apart(measure_one_fit, folder, sizes, "float64", "scikit-learn")["checked"]
         for dtype in ("float64", "float32"):
             compare(folder, sizes, dtype, arguments.fraction, exact)

@@ -168,8 +168,8 @@ class RidgeConfig:
     penalties: tuple[float, ...] = ()
     """Factors on alpha, one per group in the order of groups and a last one for the rest (banded ridge). Empty: 1 for all."""
     n_penalties_drawn: int = 0
-    """Further sets of such factors, drawn by the seed; of all sets, the one with the least leave-one-out error is taken, for each
-    kind of targets. Each costs an eigendecomposition."""
+    """Further sets of such factors, drawn by the seed; each kind of targets takes the set with the least leave-one-out error. A
+    set costs a kernel and an eigendecomposition."""
     held_out: Literal["sample", "all"] = "sample"
     """Training images whose leave-one-out predictions train_moments comes from: selection's sample, or all (9 times the work)."""
     dtype: Literal["float32", "float64"] = "float32"

@@ -24,6 +24,7 @@ from nsdray.cluster.ridge_factors import (
     blocks_of,
     candidates_of,
     choose,
+    decompose,
     groups_of,
     make_kernel,
     sample_targets,
@@ -72,7 +73,7 @@ class Solver:
         """Predictions of some targets, their standard deviation, and dual coefficients (n_samples, n_targets) if asked for."""
         kernel, s, scores = self.kernel, self.smoothers, None
         block = centre_targets(targets, kernel.dtype, kernel.device, kernel.n_samples)
-        if isinstance(self.inverse, Eigen) and (self.selection != "sample" or len(s.rows) > len(self.rows)):
+        if len(s.alphas) > 1 and (self.selection != "sample" or len(s.rows) > len(self.rows)):
             scores = alpha_scores(kernel, self.inverse, s.alphas, block, self.selection, self.rows)
         fitted, coefficients = fit_block(s, block, scores), None
         if dual:
@@ -234,28 +235,31 @@ def fit_ridge(subject: SubjectPlan, fits: Sequence[Fit]) -> list[ray.ObjectRef]:
     if not fits:
         return []
     check_room(subject, fits)
-    plan, shared, kernels = subject.plan, ray.put(subject), {}
+    plan, shared = subject.plan, ray.put(subject)
     whole, share = task_options(subject)
+    settings = [plan.model(fit).config["settings"] for fit in fits]
+    candidates, ridge, done = candidates_of(subject), plan.config.ridge, []
     betas, scaling = standardise.remote(shared)
-    done = []
-    for fit in fits:
-        settings, columns = plan.model(fit).config["settings"], plan.columns(fit.kind)
-        candidates = candidates_of(subject, fit.kind)
-        if len(candidates) == 1 and (len(settings["alphas"]) == 1 or settings["per_target"]):
-            choice = Choice(tuple(settings["alphas"]), candidates[0])
-        else:
-            targets = sample_targets.remote(shared, fit, settings["n_targets_search"])
-            scores = [score_penalties.options(**whole).remote(shared, betas, own, targets, settings) for own in candidates]
-            choice = choose.remote(settings, candidates, *scores)
-        key = fit if len(candidates) > 1 else candidates[0]
-        if key not in kernels:
-            kernels[key] = make_kernel.options(**whole).remote(betas, choice, settings["dtype"])
-        smoothers, inverse = solve_kernel.options(**whole).remote(shared, betas, kernels[key], choice, settings)
-        own = betas if settings["weights"] else None
-        blocks = blocks_of(columns, sizes_of(subject, fit, columns))
-        tasks = [fit_blocks.options(**share).remote(shared, fit, own, kernels[key], smoothers, inverse, some)
+    kernel = make_kernel.options(**whole).remote(betas, Choice((), candidates[0]), ridge.dtype)
+    eigen = decompose.options(**whole).remote(kernel) if len(ridge.alphas) > 1 else None
+    scores = []
+    if len(candidates) > 1 or (len(ridge.alphas) > 1 and not ridge.per_target):
+        targets = [sample_targets.remote(shared, fit, ridge.n_targets_search) for fit in fits]
+        first = (kernel, eigen), *[(None, None)] * (len(candidates) - 1)
+        scores = [score_penalties.options(**whole).remote(shared, betas, *known, own, settings, *targets)
+                  for known, own in zip(first, candidates)]  # fmt: skip
+    for kind, (fit, own) in enumerate(zip(fits, settings)):
+        choice = choose.remote(own, candidates, kind, *scores) if scores else Choice(tuple(own["alphas"]), candidates[0])
+        used, parts = kernel, eigen
+        if len(candidates) > 1:  # which are chosen is not known yet
+            used = make_kernel.options(**whole).remote(betas, choice, ridge.dtype)
+            parts = decompose.options(**whole).remote(used) if ridge.per_target else None
+        smoothers, inverse = solve_kernel.options(**whole).remote(shared, betas, used, parts, choice, own)
+        written = betas if own["weights"] else None
+        blocks = blocks_of(plan.columns(fit.kind), sizes_of(subject, fit, plan.columns(fit.kind)))
+        tasks = [fit_blocks.options(**share).remote(shared, fit, written, used, smoothers, inverse, some)
                  for some in batches(blocks)]  # fmt: skip
-        done.append(write_fit.remote(shared, fit, own, scaling, kernels[key] if own else None, choice, *tasks))
+        done.append(write_fit.remote(shared, fit, written, scaling, used if written else None, choice, *tasks))
     return done
 
 

@@ -105,18 +105,24 @@ def make_kernel(betas: Betas, choice: Choice, dtype: str) -> RidgeKernel:
     return dataclasses.replace(kernel, betas=None, gram_=to_numpy(kernel.gram_), device=None)
 
 
+@ray.remote
+def decompose(kernel: RidgeKernel) -> Eigen:
+    """The eigendecomposition that serves all alphas and all kinds of targets."""
+    return dataclasses.replace(kernel, device=find_device()).decompose().to(None)
+
+
 @ray.remote(num_returns=2)
-def solve_kernel(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel, choice: Choice, settings: dict[str, Any]
-                 ) -> tuple[Smoothers, Cholesky | Eigen | None]:  # fmt: skip
-    """The smoothers at the chosen alphas, and what they were made from if blocks of targets need it."""
-    kernel = dataclasses.replace(kernel, betas=betas.train, device=find_device())
-    if len(choice.alphas) == 1:
-        factors = [kernel.factorise(choice.alphas[0])]
-        inverse = Cholesky(choice.alphas[0], to_numpy(factors[0].inverse.factor))
+def solve_kernel(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel, eigen: Eigen | None, choice: Choice,
+                 settings: dict[str, Any]) -> tuple[Smoothers, Cholesky | Eigen | None]:  # fmt: skip
+    """The smoothers at the chosen alphas, and the inverse that they were made from if blocks of targets need it."""
+    device = find_device()
+    kernel = dataclasses.replace(kernel, betas=betas.train, device=device)
+    if eigen is None:
+        factors = [kernel.factorise(alpha) for alpha in choice.alphas]
+        inverse = factors[0].inverse.to(None)
     else:
-        decomposed = kernel.decompose()
-        factors = [kernel.at(alpha, decomposed) for alpha in choice.alphas]
-        inverse = Eigen(to_numpy(decomposed.values), to_numpy(decomposed.vectors))
+        own = eigen.to(device)
+        factors, inverse = [kernel.at(alpha, own) for alpha in choice.alphas], eigen
     rows = None if settings["held_out"] == "all" else sampled_rows(subject)
     smoothers = make_smoothers(factors, betas.test, rows, list(betas.groups.values()) or None)
     return smoothers.to(None), inverse if settings["weights"] or scored_apart(settings, choice) else None
@@ -148,28 +154,35 @@ def sample_targets(subject: SubjectPlan, fit: Fit, n_targets: int) -> np.ndarray
 
 
 @ray.remote
-def score_penalties(subject: SubjectPlan, betas: Betas, penalties: tuple[float, ...], targets: np.ndarray,
-                    settings: dict[str, Any]) -> np.ndarray:  # fmt: skip
-    """Leave-one-out R2 of some targets at each alpha, with some penalties: (n_alphas, n_targets)."""
+def score_penalties(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel | None, eigen: Eigen | None,
+                    penalties: tuple[float, ...], settings: list[dict[str, Any]], *targets: np.ndarray
+                    ) -> list[np.ndarray]:  # fmt: skip
+    """Leave-one-out R2 at each alpha, (n_alphas, n_targets), of some targets of each kind. kernel, eigen: None makes those of the
+    penalties."""
     device = find_device()
-    kernel = betas.kernel(penalties, settings["dtype"], device)
-    block = centre_targets(targets, kernel.dtype, device)
-    return alpha_scores(kernel, kernel.decompose(), settings["alphas"], block, settings["selection"],
-                        sampled_rows(subject))  # fmt: skip
+    if kernel is None:
+        kernel = betas.kernel(penalties, settings[0]["dtype"], device)
+    kernel = dataclasses.replace(kernel, device=device)
+    eigen, rows, scores = kernel.decompose() if eigen is None else eigen.to(device), sampled_rows(subject), []
+    for own, some in zip(settings, targets):
+        block = centre_targets(some, kernel.dtype, device)
+        scores.append(alpha_scores(kernel, eigen, own["alphas"], block, own["selection"], rows))
+    return scores
 
 
 @ray.remote(num_cpus=1)
-def choose(settings: dict[str, Any], candidates: list[tuple[float, ...]], *scores: np.ndarray) -> Choice:
-    """The penalties and the alpha with the best mean R2; with an alpha per target, the penalties whose best alphas have it."""
+def choose(settings: dict[str, Any], candidates: list[tuple[float, ...]], kind: int, *scores: list[np.ndarray]) -> Choice:
+    """The penalties and the alpha with the best mean R2; with an alpha per target, the penalties whose best alphas have it.
+    scores: of each candidate, a list over kinds."""
+    own = [some[kind] for some in scores]
     if settings["per_target"]:
-        best = int(np.argmax([own.max(0).mean() for own in scores]))
-        return Choice(tuple(settings["alphas"]), candidates[best])
-    best, alpha = np.unravel_index(np.argmax([own.mean(1) for own in scores]), (len(candidates), len(settings["alphas"])))
+        return Choice(tuple(settings["alphas"]), candidates[int(np.argmax([some.max(0).mean() for some in own]))])
+    best, alpha = np.unravel_index(np.argmax([some.mean(1) for some in own]), (len(candidates), len(settings["alphas"])))
     return Choice((settings["alphas"][alpha],), candidates[best])
 
 
-def candidates_of(subject: SubjectPlan, kind: str) -> list[tuple[float, ...]]:
+def candidates_of(subject: SubjectPlan) -> list[tuple[float, ...]]:
     """Penalties to compare: those configured, and the drawn ones."""
     ridge, n_groups = subject.plan.config.ridge, len(groups_of(subject))
     given, n_drawn = ridge.penalties[:n_groups], ridge.n_penalties_drawn
-    return [given, *(drawn_penalties(n_groups, n_drawn, subject.plan.config.seed, subject.subject, kind) if n_drawn else [])]
+    return [given, *(drawn_penalties(n_groups, n_drawn, subject.plan.config.seed, subject.subject) if n_drawn else [])]

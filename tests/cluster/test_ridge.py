@@ -86,7 +86,7 @@ def test_penalties_of_voxel_groups_are_searched_and_mapped(finished):
         report = json.loads(file(plan, "ridge_report.json", fit))
         groups = groups_of(subject)
         assert list(report["penalties"]) == list(groups) == ["V1", "V2", "floc-faces", "rest"]
-        candidates = candidates_of(subject, fit.kind)
+        candidates = candidates_of(subject)
         found = tuple(report["penalties"].values())
         assert len(candidates) == 4 and found in [own or (1.0,) * 4 for own in candidates]
         train, targets, test, predicted = arrays(plan, fit)
@@ -101,8 +101,7 @@ def test_penalties_of_voxel_groups_are_searched_and_mapped(finished):
         for column, values in zip(report["columns"], np.split(r2, np.cumsum(sizes)[:-1])):
             assert sum(column["test_r2_parts"].values()) == pytest.approx(column["test_r2"], abs=1e-9)
             assert column["test_r2"] == pytest.approx(values.mean(), abs=1e-5)
-    drawn = [candidates_of(subject, kind)[1:] for kind in plan.kinds]
-    assert drawn[0] != drawn[1]
+    assert candidates_of(plan.subjects[0])[1:] != candidates_of(plan.subjects[1])[1:]
     tidy = ridge_table(plan)
     assert len(tidy) == 2 * sum(len(plan.columns(kind)) for kind in plan.kinds)
     np.testing.assert_allclose(tidy.filter(like="test_r2/").sum(axis=1), tidy["test_r2"], atol=1e-9)
