@@ -82,14 +82,34 @@ def write_samples(subject: SubjectPlan, missing: dict[str, list[str]]) -> None:
 
 def read_samples(subject: SubjectPlan, split: str) -> tuple[np.ndarray, np.ndarray]:
     """All image_ids (n,) and mean betas (n, n_voxels) float32 in percent signal change of one split."""
-    parts = [subject.plan.samples.read(subject.samples(split), p.name, ["image_id", "betas"]) for p in subject.parts(split)]
-    return tuple(np.concatenate([view_column(part, name) for part in parts]) for name in ("image_id", "betas"))
+    ids = subject.image_ids(split)
+    betas, start = np.empty((len(ids), len(subject.voxels.index)), np.float32), 0
+    for part in subject.parts(split):  # no second copy: these are the largest array of a ridge regression
+        data = subject.plan.samples.read(subject.samples(split), part.name, ["image_id", "betas"])
+        own = slice(start, start + len(part.image_ids))
+        ids[own], betas[own] = view_column(data, "image_id"), view_column(data, "betas")
+        start = own.stop
+    return ids, betas
 
 
 def read_targets(subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae") -> np.ndarray:
     """Targets of one split, flattened and side by side: float16 (n_samples, n_targets)."""
-    stage, partition = subject.plan.targets(kind), subject.targets(split)
-    return np.concatenate([_flatten(stage.read(partition, p.name, columns), columns) for p in subject.parts(split)])
+    parts = [part.name for part in subject.parts(split)]
+    return read_columns(subject.plan.targets(kind), subject.targets(split), parts, columns, len(subject.image_ids(split)))
+
+
+def read_columns(stage: Stage, partition: str, parts: Sequence[str], columns: Sequence[str], n_rows: int) -> np.ndarray:
+    """Array columns of some parts (n_rows in all), flattened and side by side: (n_rows, n_values) in the columns' dtype."""
+    out, start = None, 0
+    for part in parts:
+        data = stage.read(partition, part, columns)
+        views = [view_column(data, name).reshape(data.num_rows, -1) for name in columns]
+        if out is None:
+            out = np.empty((n_rows, sum(view.shape[1] for view in views)), views[0].dtype)
+        np.concatenate(views, 1, out=out[start : start + data.num_rows])
+        start += data.num_rows
+    assert start == n_rows, f"{stage.uri(partition)} holds {start} rows, not {n_rows}"
+    return out
 
 
 def _flatten(data, columns: Sequence[str]) -> np.ndarray:

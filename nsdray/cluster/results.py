@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nsdray.cluster import run
 from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
 from nsdray.cluster.report import report_file, write_report
+from nsdray.cluster.ridge_report import ridge_scores
 from nsdray.cluster.scores import mean_scores, summary
 from nsdray.cluster.tracking import start_tracker, tracking_uri
 from nsdray.config import digest
@@ -185,11 +186,12 @@ def track_results(plan: Plan, tracker: Any) -> None:
         sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
         if "history.json" in sizes:
             ray.get(tracker.complete_curves.remote(key, json.loads(plan.store.read_bytes(f"{folder}/history.json"))))
-        names = list(sizes) if sum(sizes.values()) <= CHECKPOINT_BYTES else ["decoder.json"]
+        small = sum(sizes.values()) <= CHECKPOINT_BYTES
+        names = [name for name in sizes if small or name in ("decoder.json", "ridge_report.json")]
         files = {f"decoder/{name}": plan.store.read_bytes(f"{folder}/{name}") for name in names}
         files["grid.png"] = report_file(plan, f"subject{subject.subject:02d}.png")
         means = mean_scores(subject, model).items()
-        scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means}
+        scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means} | ridge_scores(subject)
         ray.get(tracker.log_result.remote(key, scores, {"decoder": plan.store.uri(folder)}, files))
         stage = plan.tracked(model)
         stage.claim()
