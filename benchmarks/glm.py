@@ -2,6 +2,7 @@
 
     python benchmarks/glm.py            # 20,000 voxels x 3 runs of 226 volumes, 180 trials
     python benchmarks/glm.py --voxels 2000 --loop-voxels 5
+    python benchmarks/glm.py --reference GLMsingle --reference-python PYTHON    # also the authors' package
 
 Writes simulated BOLD (TR 4/3 s, 3 s stimuli every 4 s, 60 images once a run, a fitted HRF per voxel, shared noise) to a
 temporary folder and fits it, each way in a process of its own:
@@ -9,16 +10,20 @@ temporary folder and fits it, each way in a process of its own:
 - ``one process``, ``two processes``: `nsdray.glm` over chunks of voxels, the latter by a pool of forked workers;
 - ``a voxel at a time``: the same functions on chunks of one voxel, which share the designs' decompositions;
 - ``plain loop``: what algorithm 1 says, for a voxel after the other: `numpy.linalg.lstsq` for each HRF, run and number
-  of regressors, and ridge regression from a decomposition of the voxel's own design.
+  of regressors, and ridge regression from a decomposition of the voxel's own design;
+- ``reference package``: cvnlab/GLMsingle with its default options, all four types, from a checkout and by a Python that has
+  its requirements.
 
 The loops are measured on a few voxels and scaled to all; what they would need of all voxels (noise pool, regressors) is
-given to them. Times are without imports; where another program shares the cores, compare CPU seconds. Peak memory is
-that of the largest process, with what it touched of the data.
+given to them. Every process has one thread. Times are without imports; where another program shares the cores, compare
+CPU seconds. Peak memory is that of the largest process, with what it touched of the data.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -165,10 +170,26 @@ def _plain_ridge(designs, nuisances, series, pairs) -> np.ndarray:
     return scale * best + offset
 
 
+def reference(folder: Path) -> None:
+    """The authors' package on the same data, in memory as it wants them."""
+    from glmsingle.glmsingle import GLM_single
+
+    model = GLM_single({"wantfileoutputs": [0, 0, 0, 0], "wantmemoryoutputs": [1, 1, 1, 1]})
+    with tempfile.TemporaryDirectory() as output:  # the package empties the folders that it is given
+        data = [np.load(folder / f"run{run}.npy") for run in range(N_RUNS)]
+        model.fit(design_matrices(), data, STIMULUS, TR, outputdir=f"{output}/out", figuredir=None)
+
+
 def measure(way: str, folder: Path, n_voxels: int) -> None:
     """Run one way in this process and print its seconds of wall clock and of CPU, and its peak memory in MB."""
     before, setup = _now(), np.zeros(2)
-    if way == "plain loop":
+    if way == "reference package":
+        from glmsingle import glmsingle  # noqa: F401  (times are without imports)
+
+        before = _now()
+        with contextlib.redirect_stdout(sys.stderr):
+            reference(folder)
+    elif way == "plain loop":
         plain_loop(folder, n_voxels)
     elif way == "a voxel at a time":
         design = make_design(design_matrices(), [(n_voxels, N_TIMEPOINTS)] * N_RUNS, STIMULUS, TR)
@@ -192,20 +213,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--voxels", type=int, default=20_000)
     parser.add_argument("--loop-voxels", type=int, default=50, help="voxels that the plain loop is measured on")
+    parser.add_argument("--reference", type=Path, help="checkout of github.com/cvnlab/GLMsingle, to be measured too")
+    parser.add_argument("--reference-python", default=sys.executable, help="an interpreter with that package's requirements")
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "FOLDER", "VOXELS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure[0], Path(args.measure[1]), int(args.measure[2]))
         return
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    paths = [str(Path(__file__).parents[1]), *([str(args.reference.resolve())] if args.reference else [])]
+    environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths), "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
     sizes = dict(zip(WAYS, (args.voxels, args.voxels, min(20 * args.loop_voxels, args.voxels), args.loop_voxels)))
     with tempfile.TemporaryDirectory() as folder:
         simulate(Path(folder), args.voxels)
         print(f"GLM, type D, {args.voxels} voxels x {N_RUNS} runs x {N_TIMEPOINTS} volumes, {N_RUNS * N_IMAGES} trials")
         first = None
-        for way in WAYS:
-            command = [sys.executable, __file__, "--measure", way, folder, str(sizes[way])]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, cpu, peak = map(float, output.split())
+        for way in [*WAYS, *(["reference package"] if args.reference else [])]:
+            python = args.reference_python if way == "reference package" else sys.executable
+            sizes.setdefault(way, args.voxels)
+            command = [python, __file__, "--measure", way, folder, str(sizes[way])]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                sys.exit(done.stderr)
+            seconds, cpu, peak = map(float, done.stdout.split())
             seconds, cpu = (value * args.voxels / sizes[way] for value in (seconds, cpu))
             first = first or seconds
             scaled = "" if sizes[way] == args.voxels else f"   scaled from {sizes[way]} voxels"

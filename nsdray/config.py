@@ -76,6 +76,8 @@ class SimulationConfig:
     """Median over voxels of the fraction of variance that is signal, for the mean of three repeats."""
     seed: int = 0
     """Another seed gives other scenes, other brains and other noise."""
+    with_bold: bool = False
+    """Also write runs of BOLD that the betas can be estimated from (jobs/estimate_betas.py)."""
 
     def __post_init__(self) -> None:
         require(0 < self.noise_ceiling < 1, f"simulation.noise_ceiling is {self.noise_ceiling}, must be in (0, 1)")
@@ -556,3 +558,112 @@ class Config:
     def settings(self, model: str) -> dict[str, Any]:
         """The fields of one regressor, as a plain dict."""
         return dataclasses.asdict(getattr(self, model.removeprefix(SHARED)))
+
+
+@dataclass(frozen=True)
+class BIDSConfig:
+    """A lab's own data set, in BIDS."""
+
+    root: str | None = None
+    """Folder that holds sub-*/[ses-*/]func/*_events.tsv (onset, duration and stim_file). None: the data are NSD's."""
+    bold: str | None = None
+    """Folder of the preprocessed runs, sub-*/[ses-*/]func/*_bold.nii.gz, such as fMRIPrep's derivatives. None: root."""
+    task: str | None = None
+    """Only runs of this task. None: all runs whose events name pictures."""
+    space: str | None = None
+    """Only runs in this space (their space- entity). None: whatever there is, if there is one version of each run."""
+    participants: tuple[str, ...] | None = None
+    """Labels, 01 for sub-01. None: all; there may be eight."""
+    mask: str | None = None
+    """NIfTI volume of the voxels to decode from, on the grid of the runs; {participant} stands for the label. The fit itself
+    takes all voxels, for its noise pool. It becomes the ROI nsdgeneral, which jobs read by default."""
+    stimuli: str | None = None
+    """Folder that stim_file is relative to. None: <root>/stimuli."""
+    captions: str | None = None
+    """JSON file {stim_file: [caption, ...]}. None: no captions; then decode with --stage2.context vision."""
+    test_images: str | None = None
+    """File that names the test images, a stim_file a line. All their repeats are kept from whatever is fitted."""
+    n_test_images: int | None = None
+    """In place of such a file: as many, drawn by the seed from the pictures that every participant saw."""
+    picture_size: int | None = None
+    """Pixels a side; a picture's middle square is taken. None: the smallest picture's shorter side, 425 at most."""
+    seed: int = 0
+    """Seed of the drawn test images."""
+
+    def __post_init__(self) -> None:
+        if self.root is None:
+            return
+        require(
+            (self.test_images is None) != (self.n_test_images is None),
+            "which images are test images must be said: give --bids.test-images FILE, or --bids.n-test-images N (one of the two)",
+        )
+        require(self.mask is not None, "which voxels to decode from must be said: give --bids.mask FILE, on the grid of the runs")
+
+
+@dataclass(frozen=True)
+class GLMConfig:
+    """BOLD to single-trial betas (jobs/estimate_betas.py)."""
+
+    nsd_root: str | None = None
+    """Folder that holds NSD's nsddata and nsddata_timeseries. None: the data set of bids.root, or else the miniature NSD
+    with BOLD, which is SIMULATED."""
+    bids: BIDSConfig = field(default_factory=BIDSConfig)
+    output: str | None = None
+    """Folder to write in NSD's layout. None, for NSD: into nsd_root. It must be given for BIDS."""
+    subjects: tuple[int, ...] | None = None
+    """NSD subjects. None: all that have time series; for the miniature 1, 2, 5, 7."""
+    sessions: tuple[int, ...] | None = None
+    """NSD sessions. None: all that have time series."""
+    beta_version: str | None = None
+    """Folder of the betas. None: NSD's name for this type of betas; in nsd_root with _nsdray at its end."""
+    beta_type: Literal["B", "C", "D"] = "D"
+    """B: the HRF that fits each voxel best (NSD's b2; with hrf assumed, b1). C: B with noise regressors. D: C with fractional
+    ridge regression (NSD's b3). Without repeats across runs, C and D cannot be cross-validated, and B is written."""
+    hrf: Literal["library", "assumed"] = "library"
+    """library: the best of 20 for each voxel. assumed: the canonical one for all."""
+    noise_pool: Literal["on_off", "negative_r2"] = "on_off"
+    """Voxels that noise regressors come from. on_off: the variance that one response to all trials explains is small, as for
+    NSD's betas. negative_r2: the cross-validated variance explained is negative, as in the paper."""
+    max_regressors: int = 10
+    """Noise regressors tried at most."""
+    sessions_together: bool = False
+    """Fit all sessions of a subject at once, for experiments that repeat pictures across sessions only. False: each alone, as
+    for NSD's betas."""
+    tr: float | None = None
+    """Seconds between volumes, in place of what the BIDS files say."""
+    stimulus_duration: float | None = None
+    """Seconds, in place of what the events say."""
+    chunk_voxels: int | None = None
+    """Voxels that a task works on. None: as many as need about 256 MB."""
+    simulation: SimulationConfig = field(default_factory=lambda: SimulationConfig(with_bold=True))
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Where time series and betas of a session lie while it is worked on."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.nsd_root is None or self.bids.root is None,
+            f"both nsd_root ({self.nsd_root}) and bids.root ({self.bids.root}) are given; choose one",
+        )
+        require(
+            self.bids.root is None or self.output is not None,
+            "where to write a BIDS data set must be said: give --output FOLDER, which is then the --data.nsd-root of other jobs",
+        )
+        for name in ("subjects", "sessions"):
+            require(
+                getattr(self, name) is None or self.bids.root is None,
+                f"{name} are NSD's; choose from a BIDS data set by --bids.participants",
+            )
+        require(self.subjects is None or set(self.subjects) <= set(ALL_SUBJECTS), f"subjects is {self.subjects}")
+        require(self.max_regressors >= 1, f"max_regressors is {self.max_regressors}, must be at least 1")
+        require(self.chunk_voxels is None or self.chunk_voxels >= 1, f"chunk_voxels is {self.chunk_voxels}, must be at least 1")
+        require(self.bids.root is not None or self.tr is None, "tr is known for NSD; it may be given for BIDS only")
+        require(
+            self.bids.root is not None or self.stimulus_duration is None,
+            "stimulus_duration is known for NSD (3 s); it may be given for BIDS only",
+        )
+
+    @property
+    def nsd_name(self) -> str:
+        """NSD's name for betas of this type."""
+        hrf = {"library": "fithrf", "assumed": "assumehrf"}[self.hrf]
+        return f"betas_{hrf}" + {"B": "", "C": "_GLMdenoise", "D": "_GLMdenoise_RR"}[self.beta_type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nsdray.config import SHARED, Config, digest
+from nsdray.config import SHARED, Config, SimulationConfig, digest
 from nsdray.metrics.foreign import ForeignPictures, find_pictures
 from nsdray.metrics.perceptual import Metric, find_suite
 from nsdray.metrics.table import N_POOL
@@ -94,6 +95,21 @@ def without(settings: Any, *names: str) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in names}
 
 
+def local_home(store: Store) -> Path:
+    """A local folder for what cannot lie in an object store."""
+    return Path(store.base if store.is_local else "~/nsdray-data").expanduser()
+
+
+def miniature_nsd(store: Store, simulation: SimulationConfig, subjects: Sequence[int]) -> Path:
+    """The miniature NSD of these settings, which is written when it is not there."""
+    settings = dataclasses.asdict(simulation)
+    if not simulation.with_bold:
+        del settings["with_bold"]  # as if the setting did not exist: the same folder, the same bytes
+    folder = local_home(store) / f"miniature-nsd-{digest(settings)}"
+    simulate_nsd(folder, subjects=subjects, **settings)
+    return folder
+
+
 class Plan:
     """All stages of a configuration, for all its subjects."""
 
@@ -101,19 +117,12 @@ class Plan:
         self.config = config
         self.store = Store(resolve_root(config.store.root))
         self.is_simulated = config.data.nsd_root is None
-        root = self._simulated_root() if self.is_simulated else Path(config.data.nsd_root).expanduser().resolve()
+        if self.is_simulated:
+            root = miniature_nsd(self.store, config.simulation, config.data.subjects)
+        else:
+            root = Path(config.data.nsd_root).expanduser().resolve()
         self.layout = NSDLayout(root, beta_version=config.data.beta_version)
         self.subjects = [SubjectPlan(self, subject) for subject in config.data.subjects]
-
-    def _local_home(self) -> Path:
-        """A local folder for what cannot lie in an object store."""
-        return Path(self.store.base if self.store.is_local else "~/nsdray-data").expanduser()
-
-    def _simulated_root(self) -> Path:
-        settings = dataclasses.asdict(self.config.simulation)
-        folder = self._local_home() / f"miniature-nsd-{digest(settings)}"
-        simulate_nsd(folder, subjects=self.config.data.subjects, **settings)
-        return folder
 
     @cached_property
     def vdvae_checkpoint(self) -> Path:
@@ -124,7 +133,7 @@ class Plan:
         elif targets.vdvae == "mini":
             path = weights_path("vdvae")
         else:
-            path = self._local_home() / "checkpoints" / PUBLISHED_VDVAE
+            path = local_home(self.store) / "checkpoints" / PUBLISHED_VDVAE
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is not there. The VDVAE needs {PUBLISHED_VDVAE} (0.5 GB): the README of github.com/openai/vdvae "
@@ -159,7 +168,7 @@ class Plan:
         if stage2.folder is not None:
             path = Path(stage2.folder).expanduser().resolve()
         else:
-            path = VERSATILE_DIFFUSION if stage2.model == "mini" else self._local_home() / "checkpoints" / PUBLISHED_DIFFUSION
+            path = VERSATILE_DIFFUSION if stage2.model == "mini" else local_home(self.store) / "checkpoints" / PUBLISHED_DIFFUSION
         if not (path / "image_unet").is_dir():
             raise FileNotFoundError(
                 f"{path} is not there. Stage 2 needs the folders image_unet, text_unet, vae and scheduler of "

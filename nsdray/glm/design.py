@@ -192,13 +192,19 @@ def _events(one: np.ndarray | Events, tr: float, run: int) -> Events:
 
 
 def _check_length(one: Events, run: int, shape: tuple[int, ...], tr: float, axes_unknown: bool) -> None:
-    """A run too long to be one, or one that its events leave nine tenths of empty but that would fit if turned round."""
+    """A run too long to be one, or one that its events do not fit or leave nine tenths of empty, but that would fit if its
+    first axis were time."""
     last, length = max(one.onset), shape[-1] * tr
     fits_turned = len(shape) == 2 and shape[0] < shape[-1] and last < shape[0] * tr
     if length > MAX_RUN_S or (axes_unknown and fits_turned and last < length / 10):
         raise ValueError(
             f"run {run} has shape {shape}: {shape[-1]} time points at tr {tr:g} s are {length / 3600:.1f} hours, and the "
             f"last event is at {last:g} s. Are the axes swapped? Time must be the last axis"
+        )
+    if axes_unknown and len(shape) == 4 and length <= last < shape[0] * tr:
+        raise ValueError(
+            f"run {run} has shape {shape}: {shape[-1]} time points at tr {tr:g} s end at {length:g} s, before the last event "
+            f"at {last:g} s, which the first axis would hold. Are the axes swapped? Time must be the last axis"
         )
 
 

@@ -11,9 +11,9 @@ Neither ever holds more than the result and a buffer of BUFFER_BYTES or one volu
 """
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -21,21 +21,13 @@ import h5py
 import nibabel as nib
 import numpy as np
 
+from nsdray.nsd.nifti import DAMAGE, volumes
 from nsdray.nsd.rois import Voxels
 
 SCALE = 300
 """A stored int16 is percent signal change times this."""
 BUFFER_BYTES = 32 * 2**20
 """Holds the chunks of all nsdgeneral voxels of a session, so that these are read in one sweep over the file."""
-_DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    zlib.error,
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-)
-"""What h5py, gzip and nibabel raise for a damaged file."""
 
 
 def session_shape(path: Path | str) -> tuple[int, tuple[int, int, int]]:
@@ -72,9 +64,38 @@ def read_session(path: Path | str, voxels: Voxels) -> np.ndarray:
                 read(dataset, xyz, betas)
         else:
             _read_volumes(path, np.ravel_multi_index(xyz, shape, order="F"), betas)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
     return betas
+
+
+def to_stored(betas: np.ndarray) -> tuple[np.ndarray, int]:
+    """Percent signal change as it is stored: int16, x 300, NaN as 0; and how many values were too large and cut."""
+    scaled = np.rint(np.nan_to_num(betas, nan=0.0) * SCALE)
+    low, high = np.iinfo(np.int16).min, np.iinfo(np.int16).max
+    n_cut = int(((scaled < low) | (scaled > high)).sum())
+    return scaled.clip(low, high).astype(np.int16), n_cut
+
+
+@contextmanager
+def session_writer(path: Path, n_trials: int, shape: tuple[int, int, int]) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+    """Write a session as NSD's HDF5, portion by portion: ``write(index, betas)``; the file appears when all is written.
+
+    index: flat, in C order of shape (X, Y, Z). betas: int16 (n_voxels, n_trials). Voxels that are never written are 0.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with h5py.File(partial, "w") as file:
+        chunks = (n_trials, 1, 1, 1)
+        dataset = file.create_dataset("betas", (n_trials, *shape[::-1]), "<i2", chunks=chunks, fillvalue=0)
+
+        def write(index: np.ndarray, betas: np.ndarray) -> None:
+            rows = np.ascontiguousarray(betas, "<i2")
+            for row, x, y, z in zip(rows, *(axis.tolist() for axis in np.unravel_index(index, shape))):
+                dataset.id.write_direct_chunk((0, z, y, x), row.tobytes())
+
+        yield write
+    os.replace(partial, path)
 
 
 def dead_voxels(betas: np.ndarray) -> np.ndarray:
@@ -164,7 +185,7 @@ def _nifti_header(path: Path) -> nib.arrayproxy.ArrayProxy:
     """Shape, dtype and offset of a session, checked; no data is read."""
     try:
         header = nib.load(path).dataobj
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
     if len(header.shape) != 4:
         raise ValueError(f"{path} has shape {header.shape}; a session of betas has (X, Y, Z, n_trials)")
@@ -181,19 +202,5 @@ def _nifti_header(path: Path) -> nib.arrayproxy.ArrayProxy:
 def _read_volumes(path: Path, flat_index: np.ndarray, betas: np.ndarray) -> None:
     """Fill betas volume by volume. flat_index: in the file's order, x fastest."""
     header = _nifti_header(path)
-    for row, volume in zip(betas, _volumes(path, header), strict=True):
+    for row, volume in zip(betas, volumes(path, header), strict=True):
         row[:] = volume[flat_index]
-
-
-def _volumes(path: Path, header: nib.arrayproxy.ArrayProxy) -> Iterator[np.ndarray]:
-    """Flat volumes, one after the other in the same buffer; EOFError if the file ends early."""
-    *xyz, n_trials = header.shape
-    volume = np.empty(int(np.prod(xyz)), header.dtype)
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as stream:
-        stream.read(header.offset)
-        for trial in range(n_trials):
-            n_bytes = stream.readinto(volume.view(np.uint8))
-            if n_bytes != volume.nbytes:
-                raise EOFError(f"trial {trial} of {n_trials} has {n_bytes} of {volume.nbytes} bytes")
-            yield volume
-        stream.read(1)  # a compressed stream checks its sum when it comes to the end

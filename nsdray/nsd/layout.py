@@ -115,9 +115,51 @@ class NSDLayout:
             f"exists. Sessions there: {sorted(self.session_files(subject))}. Download one of the two"
         )
 
+    def session_file(self, subject: int, session: int) -> Path:
+        """Where the session's betas are written: HDF5, in the folder of `beta_version`."""
+        check_subject(subject)
+        return self.betas_path(subject) / f"betas_session{session:02d}.hdf5"
+
+    def session_map(self, subject: int, session: int, name: str) -> Path:
+        """Volume of a number per voxel that goes with the session's betas, such as "R2" or "HRFindex"."""
+        return self.betas_path(subject) / f"{name}_session{session:02d}.nii.gz"
+
+    def session_record(self, subject: int, session: int) -> Path:
+        """How nsdray estimated the session's betas, .json."""
+        return self.betas_path(subject) / f"glm_session{session:02d}.json"
+
+    def timeseries_folder(self, subject: int) -> Path:
+        """Folder of the subject's runs of BOLD."""
+        check_subject(subject)
+        return self.root / f"nsddata_timeseries/ppdata/subj{subject:02d}" / self.resolution / "timeseries"
+
+    def timeseries(self, subject: int, session: int, run: int) -> Path:
+        """A run of BOLD, (X, Y, Z, n_timepoints)."""
+        return self.timeseries_folder(subject) / f"timeseries_session{session:02d}_run{run:02d}.nii.gz"
+
+    def run_design(self, subject: int, session: int, run: int) -> Path:
+        """What was shown in a run, .tsv: a line per volume."""
+        return self.timeseries_folder(subject).with_name("design") / f"design_session{session:02d}_run{run:02d}.tsv"
+
+    def timeseries_files(self, subject: int) -> dict[int, dict[int, Path]]:
+        """Runs of BOLD on disk, by session and run, both ascending."""
+        return _by_session_and_run(self.timeseries_folder(subject), r"timeseries_session(\d\d)_run(\d\d)\.nii\.gz")
+
+    def design_files(self, subject: int) -> dict[int, dict[int, Path]]:
+        """Designs on disk, by session and run, both ascending."""
+        return _by_session_and_run(self.timeseries_folder(subject).with_name("design"), r"design_session(\d\d)_run(\d\d)\.tsv")
+
     def session_files(self, subject: int) -> dict[int, Path]:
         """Sessions on disk, ascending, with the file that `session_betas` gives for each."""
         pattern = re.compile(r"betas_session(\d\d)\.(hdf5|nii\.gz)")
         matches = (pattern.fullmatch(path.name) for path in self.betas_folder(subject).iterdir())
         sessions = sorted({int(match[1]) for match in matches if match})
         return {session: self.session_betas(subject, session) for session in sessions}
+
+
+def _by_session_and_run(folder: Path, pattern: str) -> dict[int, dict[int, Path]]:
+    found: dict[int, dict[int, Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := re.fullmatch(pattern, path.name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = path
+    return found

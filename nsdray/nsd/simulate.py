@@ -51,6 +51,7 @@ from nsdray.nsd.betas import SCALE
 from nsdray.nsd.layout import CAPTION_SPLITS, N_SUBJECTS, SESSION_SUFFIXES, NSDLayout, check_subject
 from nsdray.nsd.rois import ATLASES, LABELS
 from nsdray.nsd.scenes import BACKGROUNDS, COLOURS, KINDS, Scene, caption_scene, draw_scene, make_scene
+from nsdray.nsd.simulate_bold import Bold, write_runs
 from nsdray.seeds import rng
 
 VOLUME = (22, 24, 18)
@@ -86,6 +87,7 @@ def simulate_nsd(
     noise_ceiling: float = 0.35,
     betas_format: str = "hdf5",
     seed: int = 0,
+    with_bold: bool = False,
     progress: bool = True,
 ) -> NSDLayout:
     """Write a miniature NSD to root and return its layout; what is there with the same parameters is kept.
@@ -93,7 +95,7 @@ def simulate_nsd(
     subjects: 1..8; those not yet there are added. n_train: images of each subject alone. n_test: images that all see.
     picture_size: pixels a side. volume: about (X, Y, Z), a little different in each subject. noise_ceiling: median over
     voxels of the fraction of variance that is signal, for the mean of n_repeats repeats. betas_format: "hdf5" or
-    "nifti".
+    "nifti". with_bold: also write runs of BOLD that have these betas (`nsdray.nsd.simulate_bold`).
 
     Stimuli and design appear at once, then each subject at once: a call that was interrupted is simply repeated.
     ValueError for trials that do not fill the sessions, and for a root that holds anything else.
@@ -104,7 +106,7 @@ def simulate_nsd(
     parameters = dict(
         n_train=n_train, n_test=n_test, n_sessions=n_sessions, n_repeats=n_repeats, picture_size=picture_size,
         volume=list(volume), noise_ceiling=noise_ceiling, betas_format=betas_format, seed=seed,
-    )  # fmt: skip
+    ) | ({"with_bold": True} if with_bold else {})  # fmt: skip
     _check(parameters)
     record = root / "simulated.json"
     if record.exists():
@@ -126,7 +128,8 @@ def simulate_nsd(
     layout = NSDLayout(root)
     for subject in sorted(set(subjects) - set(layout.subjects())):
         _write_subject(NSDLayout(_made(stage)), subject, design, parameters, progress)
-        for top in ("nsddata", "nsddata_betas"):  # betas last: with them, the subject counts as there
+        tops = ("nsddata", "nsddata_timeseries", "nsddata_betas") if with_bold else ("nsddata", "nsddata_betas")
+        for top in tops:  # betas last: with them, the subject counts as there
             source = stage / top / "ppdata" / f"subj{subject:02d}"
             target = _made(root / top / "ppdata") / source.name
             shutil.rmtree(target, ignore_errors=True)
@@ -248,6 +251,7 @@ def _write_subject(layout: NSDLayout, subject: int, design: _Design, parameters:
     _write_responses(layout.responses(subject), subject, design, parameters["n_sessions"])
     suffix = SESSION_SUFFIXES[parameters["betas_format"] == "nifti"]
     sessions = np.split(design.order, parameters["n_sessions"])
+    bold = Bold.draw(brain.shape, brain.index, brain.noise_maps[-1], seed, subject) if "with_bold" in parameters else None
     for session, shown in enumerate(tqdm(sessions, desc=f"simulated subject {subject}", disable=not progress), 1):
         random = rng(seed, subject, "noise", session)
         volumes = random.standard_normal((len(shown), brain.size), np.float32) * 1.5
@@ -255,6 +259,9 @@ def _write_subject(layout: NSDLayout, subject: int, design: _Design, parameters:
         stored = np.rint(volumes * SCALE).clip(-32768, 32767).astype(np.int16)
         path = layout.betas_folder(subject) / f"betas_session{session:02d}{suffix}"
         write_session(path, stored.reshape(len(shown), *brain.shape))
+        if bold:
+            betas, image_ids = stored[:, brain.index] / np.float32(SCALE), design.images[subject - 1, shown]
+            write_runs(layout, subject, session, bold, betas, image_ids, trials_per_run(len(shown)), seed)
 
 
 @dataclass(frozen=True)
@@ -441,7 +448,7 @@ def _write_volumes(layout: NSDLayout, subject: int, brain: Brain, ncsnr: np.ndar
 
 def _write_responses(path: Path, subject: int, design: _Design, n_sessions: int) -> None:
     per_session = design.n_trials // n_sessions
-    per_run = -(-per_session // RUNS_PER_SESSION)
+    per_run = trials_per_run(per_session)
     seen = set()
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
@@ -452,6 +459,11 @@ def _write_responses(path: Path, subject: int, design: _Design, n_sessions: int)
             image_id = design.images[subject - 1, column]
             writer.writerow([subject, session + 1, run + 1, in_run + 1, image_id + 1, column + 1, int(column in seen)])
             seen.add(column)
+
+
+def trials_per_run(n_trials: int) -> int:
+    """Trials in each run of a session but the last, which may have fewer."""
+    return -(-n_trials // RUNS_PER_SESSION)
 
 
 def write_session(path: Path, betas: np.ndarray) -> None:

@@ -120,6 +120,8 @@ def test_swapped_axes_beside_events_are_seen_by_the_length_of_the_run(shape):
         make_design([Events([10, 90], "ab")], [shape], 3, 1.5)
     with pytest.raises(ValueError, match="unequal voxels.*or is time the first axis"):
         make_design([Events([10, 90], "ab")] * 2, [(100, 300), (110, 300)], 3, 1.5)
+    with pytest.raises(ValueError, match=r"\(100, 20, 24, 18\): 18 time points .* end at 27 s, before .* 90 s, .*axes swapped"):
+        make_design([Events([10, 90], "ab")], [(100, 20, 24, 18)], 3, 1.5)
 
 
 def test_swapped_axes_are_said_before_memory_is_taken(tmp_path):

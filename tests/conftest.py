@@ -1,0 +1,72 @@
+"""A lab's data set in BIDS, made from a miniature NSD with BOLD: the same runs, under other names."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from nsdray.nsd.captions import load_captions
+from nsdray.nsd.layout import NSDLayout
+from nsdray.nsd.simulate import simulate_nsd
+from nsdray.nsd.stimuli import Stimuli
+from nsdray.nsd.timeseries import nsd_sessions
+
+
+def write_bids(folder: Path, layout: NSDLayout, subjects: Sequence[int]) -> Path:
+    """sub-01 and so on, with stimuli/, captions.json, masks/ and test_images.txt (NSD's shared images)."""
+    root = folder / "bids"
+    (root / "stimuli/scenes").mkdir(parents=True)
+    (root / "dataset_description.json").write_text(json.dumps({"Name": "a lab's data", "BIDSVersion": "1.9.0"}))
+    (root / "task-look_bold.json").write_text(json.dumps({"RepetitionTime": 4 / 3, "TaskName": "look"}))
+    (root / "masks").mkdir()
+    shown = set()
+    for subject in subjects:
+        roi = nib.load(layout.roi(subject, "nsdgeneral"))
+        mask = nib.Nifti1Image((np.asarray(roi.dataobj) > 0).astype(np.uint8), roi.affine)
+        nib.save(mask, root / f"masks/sub-{subject:02d}.nii.gz")
+        for session in nsd_sessions(layout, subject):
+            func = root / f"sub-{subject:02d}/ses-{session.session}/func"
+            func.mkdir(parents=True)
+            for number, run in enumerate(session.runs, 1):
+                stem = f"sub-{subject:02d}_ses-{session.session}_task-look_run-{number}"
+                shutil.copy(run.path, func / f"{stem}_bold.nii.gz")
+                events = zip(run.events.onset, run.events.condition)
+                rows = [f"{onset:.4f}\t3.0\tpicture\tscenes/{image_id:04d}.png" for onset, image_id in events]
+                rows.insert(1, "9.5\tn/a\tbutton\tn/a")
+                (func / f"{stem}_events.tsv").write_text("\n".join(["onset\tduration\ttrial_type\tstim_file", *rows]) + "\n")
+                shown |= set(run.events.condition)
+    ids = sorted(shown)
+    with Stimuli(layout.stimuli) as stimuli:
+        for image_id, picture in zip(ids, stimuli.read(ids)):
+            Image.fromarray(picture).save(root / f"stimuli/scenes/{image_id:04d}.png")
+    captions = {f"scenes/{image_id:04d}.png": texts for image_id, texts in zip(ids, load_captions(layout, ids))}
+    (root / "captions.json").write_text(json.dumps(captions))
+    with open(layout.stim_info) as file:
+        test = {i for i, line in enumerate(file.readlines()[1:]) if line.split(",")[4] == "True"} & shown
+    (root / "test_images.txt").write_text("\n".join(f"scenes/{image_id:04d}.png" for image_id in sorted(test)) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def scanned(tmp_path_factory) -> NSDLayout:
+    """A miniature NSD with BOLD, subjects 1 and 2. Shared: do not write to it."""
+    sizes = dict(n_train=96, n_test=12, n_sessions=3, picture_size=64, volume=(12, 12, 10))
+    return simulate_nsd(tmp_path_factory.mktemp("scanned") / "nsd", subjects=(1, 2), **sizes, with_bold=True, progress=False)
+
+
+@pytest.fixture(scope="session")
+def bids_whole(scanned, tmp_path_factory) -> Path:
+    """Both subjects in BIDS. Shared: do not write to it."""
+    return write_bids(tmp_path_factory.mktemp("lab"), scanned, (1, 2))
+
+
+@pytest.fixture
+def bids(bids_whole, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(bids_whole, tmp_path / "bids"))
