@@ -5,8 +5,9 @@
 
 alone: a network per subject, from scratch. joint: one for all subjects, each with that fraction of its images. tuned: pretrained
 on all images of the other subjects, then fine-tuned to this one with that fraction of its images (a new input layer; the trunk
-at a tenth of the rate, see --trunk-rate). All take the same number of steps per image set, whatever the fraction. Scores are
-those of the test images: MSE of raw latents, and PixCorr of the stage-1 picture, with half the 95 % interval over images.
+at a tenth of the rate, see --trunk-rate). With fewer images there are as many more epochs, so that the steps are as many; a
+network for several subjects, which has more steps an epoch, goes through half the epochs. Scores are those of the test images:
+MSE of raw latents, and PixCorr of the stage-1 picture, with half the 95 % interval over images.
 """
 from __future__ import annotations
 
@@ -75,11 +76,11 @@ def load(subject: SubjectPlan, fraction: float, settings: dict) -> Data:
     return Data(scaled[0], fit, scaled[1], val, scaled[2], read_targets(subject, "test", columns))
 
 
-def fit(network: torch.nn.Module, betas: list, targets: list, moments_: tuple, settings: dict, fraction: float, seed: int,
-        rate_factor=None) -> dict[str, torch.Tensor]:  # fmt: skip
+def fit(network: torch.nn.Module, betas: list, targets: list, moments_: tuple, settings: dict, epochs_factor: float,
+        seed: int, rate_factor=None) -> dict[str, torch.Tensor]:  # fmt: skip
     """Train on (betas, targets), validate on the second of each; the best epoch's state."""
     names = ("learning_rate", "weight_decay", "warmup_epochs", "clip_norm")
-    epochs = {name: round(settings[name] / fraction) for name in ("n_epochs", "patience")}
+    epochs = {name: round(settings[name] * epochs_factor) for name in ("n_epochs", "patience")}
     batches = memory_batches(betas[0], targets[0], settings["batch_size"], seed)
     return train(network, batches, (betas[1], targets[1]), LocalContext(), seed=seed, target_mean=moments_[0],
                  target_std=moments_[1], rate_factor=rate_factor, checkpoint_every=10**6, **epochs,
@@ -103,7 +104,7 @@ class Study:
             network = with_trunk(network, base.state)
             rate_factor = partial(trunk_rate, network, self.rate)
         pairs = [data.betas, data.val_betas], [data.targets, data.val_targets]
-        return Fitted(fit(network, *pairs, scale, self.settings, fraction, self.seed, rate_factor), *scale)
+        return Fitted(fit(network, *pairs, scale, self.settings, 1 / fraction, self.seed, rate_factor), *scale)
 
     def joint(self, data: list[Data], fraction: float) -> list[Fitted]:
         """One network for several subjects, cut into theirs."""
@@ -112,7 +113,7 @@ class Study:
         network = SharedRegressor(self.network, [own.betas.shape[1] for own in data], targets[0].shape[1], **self.sizes)
         betas = [pack([getattr(own, part) for own in data]) for part in ("betas", "val_betas")]
         scale = moments(targets[0].numpy())
-        state = fit(network, betas, targets, scale, self.settings, fraction, self.seed)
+        state = fit(network, betas, targets, scale, self.settings, 0.5 / fraction, self.seed)
         return [Fitted(subject_state(state, place, self.network.INPUT), *scale) for place in range(len(data))]
 
     def scores(self, fitted: Fitted, data: Data, subject: SubjectPlan, vdvae: torch.nn.Module) -> dict[str, np.ndarray]:
