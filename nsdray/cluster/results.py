@@ -19,7 +19,7 @@ from nsdray.cluster.tracking import start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
 from nsdray.stages import Fit, Plan, SubjectPlan
-from nsdray.store import Inputs, Store
+from nsdray.store import Inputs, Store, redacted
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
 
@@ -99,7 +99,7 @@ def mlflow_inputs(store: Store) -> Inputs:
     uri = tracking_uri(store)
     database = Path(uri.removeprefix("sqlite:///"))
     gone = uri.startswith("sqlite:///") and not database.exists()
-    return {"mlflow": uri, "database": "gone" if gone else "there"}
+    return {"mlflow": redacted(uri), "database": "gone" if gone else "there"}
 
 
 def run_inputs(subject: SubjectPlan) -> Inputs:
