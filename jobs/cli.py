@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -14,8 +15,10 @@ import tyro  # noqa: E402
 
 from nsdray.config import Config  # noqa: E402
 from nsdray.recipes import RECIPES  # noqa: E402
-from nsdray.stages import Plan  # noqa: E402
 from nsdray.store import redacted, resolve_root  # noqa: E402
+
+if TYPE_CHECKING:
+    from nsdray.stages import Plan
 
 
 def plan_from_command_line(description: str) -> Plan:
@@ -30,6 +33,8 @@ def plan_from_command_line(description: str) -> Plan:
 
 def announce(config: Config) -> Plan:
     """Say where results go and what the data are."""
+    from nsdray.stages import Plan  # takes seconds, which downloads and help need not wait
+
     print(f"nsdray: recipe {config.recipe}, subjects {' '.join(map(str, config.data.subjects))}")
     print(f"results below {redacted(resolve_root(config.store.root))}")
     plan = Plan(config)

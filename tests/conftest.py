@@ -22,7 +22,7 @@ class LocalS3:
         return f"s3://{user}{path}?region=us-east-1&endpoint_override={quote(self.endpoint, safe='')}"
 
     def write(self, path: str, data: bytes) -> None:
-        with self.fs.open_output_stream(path) as stream:
+        with self.fs.open_output_stream(path, compression=None) as stream:
             stream.write(data)
 
 
