@@ -12,7 +12,9 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import run
+from nsdray.cluster.autoscale import enough_gpus
 from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
+from nsdray.cluster.preflight import require_cluster, require_inputs, require_room
 from nsdray.cluster.report import report_file, write_report
 from nsdray.cluster.scores import mean_scores, summary
 from nsdray.cluster.tracking import start_tracker, tracking_uri
@@ -26,11 +28,14 @@ CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets thei
 
 def train_all_subjects(plan: Plan) -> None:
     """Bring everything up to date, from raw NSD to MLflow. Finished stages are skipped."""
+    require_inputs(plan)
     if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
+    require_room(plan)
     run.start_ray(plan)
-    with tracking(plan) as tracker:
+    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
+        require_cluster(plan)
         for each in (*plan.replicates, plan):
             start_runs(each, tracker)
             run.prepare_betas(each)
