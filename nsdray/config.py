@@ -480,6 +480,8 @@ class ClusterConfig:
     are 2 CPUs."""
     gpus_per_replica: float = 1.0
     """Share of a GPU per replica, on clusters that have GPUs."""
+    n_gpus: int | None = None
+    """GPUs to wait for at the start. A cluster that grows and shrinks is asked for them (cluster.yaml). None: those there are."""
     n_train_workers: int = 1
     """Ray Train workers per network; gradients are averaged over them."""
     cpus_per_train_worker: float = 1.0
@@ -489,7 +491,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.n_train_workers >= 1, f"cluster.n_train_workers is {self.n_train_workers}, must be at least 1")
-        require(self.n_replicas is None or self.n_replicas >= 1, f"cluster.n_replicas is {self.n_replicas}")
+        for name in ("n_replicas", "n_gpus"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"cluster.{name} is {value}, must be at least 1")
         for name in ("gpus_per_replica", "cpus_per_train_worker"):
             require(getattr(self, name) > 0, f"cluster.{name} is {getattr(self, name)}, must be positive")
 

@@ -226,9 +226,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
-    vdvae = None if plan.is_referee else plan.vdvae_checkpoint
-    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 and vdvae else (None, None)
-    arguments = (plan.config, plan.layout, vdvae, clip, diffusion, plan.backbone_files)
+    arguments = replica_arguments(plan)
     idle, running, waiting = [actor.remote(*arguments) for _ in range(n_replicas)], {}, list(calls)
     totals, done = Counter(partition_of(call) for call in calls), Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
@@ -243,6 +241,13 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
                 done[partition_of(call)] += 1
                 progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
                 progress.update()
+
+
+def replica_arguments(plan: Plan) -> tuple[Any, ...]:
+    """What a plan's replicas are made from."""
+    vdvae = None if plan.is_referee else plan.vdvae_checkpoint
+    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 and vdvae else (None, None)
+    return plan.config, plan.layout, vdvae, clip, diffusion, plan.backbone_files
 
 
 def partition_of(call: tuple[str, tuple[Any, ...]]) -> str:
