@@ -26,7 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tqdm import tqdm
 
 from nsdray.cluster import run
-from nsdray.cluster.data import SharedArrays, TrainingArrays, share_arrays
+from nsdray.cluster.data import SharedArrays, Source, TrainingArrays, share_arrays
 from nsdray.cluster.train import validation_images
 from nsdray.config import Config
 from nsdray.generators.stage1 import decode_pictures, enlarge
@@ -84,7 +84,7 @@ def share_subject(subject: SubjectPlan) -> SubjectData:
     ids = ids[np.isin(ids, held_out)]
     seen = read_seen.remote(subject, ids[: settings.search.n_images])
     columns = [layer_name(i) for i in range(max(settings.search.n_layers))]
-    return SubjectData(subject, share_arrays(subject, columns, held_out), ids, seen)
+    return SubjectData(subject, share_arrays(Source.of(subject, "train", columns), held_out), ids, seen)
 
 
 @ray.remote(num_cpus=1)
