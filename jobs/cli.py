@@ -4,17 +4,22 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; without it, it warns
+if "RAY_ADDRESS" not in os.environ:  # Ray started by the job itself listens on loopback only, as it does on other systems
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import tyro  # noqa: E402
 
 from nsdray.config import Config  # noqa: E402
 from nsdray.recipes import RECIPES, read_recipe  # noqa: E402
-from nsdray.stages import Plan  # noqa: E402
-from nsdray.store import resolve_root  # noqa: E402
+from nsdray.store import redacted, resolve_root  # noqa: E402
+
+if TYPE_CHECKING:
+    from nsdray.stages import Plan
 
 
 def plan_from_command_line(description: str) -> Plan:
@@ -32,8 +37,10 @@ def plan_from_command_line(description: str) -> Plan:
 
 def announce(config: Config) -> Plan:
     """Say where results go and what the data are."""
+    from nsdray.stages import Plan  # takes seconds, which downloads and help need not wait
+
     print(f"nsdray: recipe {config.recipe}, subjects {' '.join(map(str, config.data.subjects))}")
-    print(f"results below {resolve_root(config.store.root)}")
+    print(f"results below {redacted(resolve_root(config.store.root))}")
     plan = Plan(config)
     if plan.is_simulated:
         print(f"brain data: the miniature NSD at {plan.layout.root}. SIMULATED: it shows that the method works, nothing more.")
@@ -50,4 +57,4 @@ def main(run) -> None:
         if os.environ.get("NSDRAY_TRACEBACK"):
             raise
         cause = getattr(error, "cause", None) or error  # what went wrong inside a Ray task
-        sys.exit(f"error: {cause}\n(NSDRAY_TRACEBACK=1 shows where)")
+        sys.exit(f"error: {redacted(str(cause))}\n(NSDRAY_TRACEBACK=1 shows where)")

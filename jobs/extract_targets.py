@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
+from nsdray.cluster.preflight import require_inputs
 from nsdray.cluster.run import anything_missing, extract_targets, start_ray, targets_partitions
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
+    require_inputs(plan)
     if any(anything_missing(targets_partitions(plan, kind)) for kind in plan.kinds):
         start_ray(plan)
         extract_targets(plan)

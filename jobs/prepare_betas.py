@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
+from nsdray.cluster.preflight import require_inputs
 from nsdray.cluster.run import anything_missing, betas_partitions, prepare_betas, samples_partitions, start_ray
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
+    require_inputs(plan, ("betas", "stimuli"))
     if anything_missing(betas_partitions(plan) + samples_partitions(plan)):
         start_ray(plan)
         prepare_betas(plan)

@@ -13,6 +13,7 @@ from cli import main, plan_from_command_line
 from nsdray.cluster.report import report_file
 from nsdray.cluster.results import train_all_subjects
 from nsdray.cluster.tracking import tracking_uri
+from nsdray.store import redacted
 
 
 def run() -> None:
@@ -22,7 +23,7 @@ def run() -> None:
     print("pictures (seen | stage 1 | stage 2 of each model | from the truth):")
     for subject in plan.subjects:
         print(f"  {plan.report.uri(plan.report_partition)}/subject{subject.subject:02d}.png")
-    uri = tracking_uri(plan.store)
+    uri = redacted(tracking_uri(plan.store))
     shown = f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
     print(f"MLflow: {shown}   (or, for the default root: make ui)")
     print(f"report: {plan.report.uri(plan.report_partition)}/report.html")

@@ -144,7 +144,7 @@ SHARED = "shared-"
 
 @dataclass(frozen=True)
 class RidgeConfig:
-    """Ridge regression in closed form, one alpha for all targets of a kind."""
+    """Ridge regression in closed form."""
 
     alpha: float = 50_000.0
     """Penalty on z-scored betas for VDVAE latents. 50,000 for NSD's 15,724 voxels (paper, Brain-Diffuser)."""
@@ -152,9 +152,36 @@ class RidgeConfig:
     """The same for CLIP's vision tokens (paper: 50,000; Brain-Diffuser's code: 60,000)."""
     alpha_text: float = 50_000.0
     """The same for CLIP's text tokens (paper: 50,000; Brain-Diffuser's code: 100,000)."""
+    alphas: tuple[float, ...] = ()
+    """Alphas to choose from by leave-one-out error, for every kind of targets, instead of the three above. Empty: those three.
+    Costs one eigendecomposition a subject, some 30 times a Cholesky factor."""
+    per_target: bool = False
+    """Choose an alpha for each target, instead of one for all targets of a kind."""
+    selection: Literal["sample", "gcv", "all"] = "sample"
+    """How alphas and penalties are compared. sample: leave-one-out on a seeded sample of about as many training images as
+    there are test images. gcv: generalised cross-validation, cheaper from some 9 alphas on. all: leave-one-out on all training
+    images, some 9 times the work of the sample."""
+    n_targets_search: int = 8192
+    """Targets of a kind, drawn by the seed, on which a shared alpha and penalties of voxel groups are chosen."""
+    groups: tuple[str, ...] = ()
+    """Voxel groups, by ROI name, e.g. V1 V2 V3 hV4 floc-faces floc-places: the report then shows which of them predicts which
+    layer or token, and they may have penalties of their own. A voxel belongs to the first group that has it; voxels in none are
+    the group "rest"."""
+    penalties: tuple[float, ...] = ()
+    """Factors on alpha, one per group in the order of groups and a last one for the rest (banded ridge). Empty: 1 for all."""
+    n_penalties_drawn: int = 0
+    """Further sets of such factors, drawn by the seed; each kind of targets takes the set with the least leave-one-out error. A
+    set costs a kernel and an eigendecomposition."""
+    held_out: Literal["sample", "all"] = "sample"
+    """Training images whose leave-one-out predictions train_moments comes from: selection's sample, or all (9 times the work)."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the kernel, its factors and all products. float64 takes twice the time and memory."""
     weights: Literal["none", "vdvae", "all"] = "vdvae"
     """Whose weights to write, for decoding new images. Test images are predicted without them; those of ViT-L/14's tokens
     would take 16 GB a subject."""
+    coefficients: Literal["primal", "dual"] = "primal"
+    """What is written as weights. primal: one per voxel and target. dual: one per training image and target, half the size for
+    NSD, and the training betas beside them."""
     rescale: Rescale = "train_moments"
     """Ridge predictions are shrunken; the VDVAE wants latents of full size. train_moments: from the moments of
     leave-one-out predictions to those of the training latents. test_moments: moments of the test predictions, as
@@ -163,6 +190,24 @@ class RidgeConfig:
     def __post_init__(self) -> None:
         for name in ("alpha", "alpha_vision", "alpha_text"):
             require(getattr(self, name) > 0, f"ridge.{name} is {getattr(self, name)}, must be positive")
+        require(all(a > 0 for a in self.alphas), f"ridge.alphas is {self.alphas}; all must be positive")
+        require(len(set(self.alphas)) == len(self.alphas), f"ridge.alphas names an alpha twice: {self.alphas}")
+        require(
+            not self.per_target or len(self.alphas) > 1,
+            f"ridge.per_target chooses from a grid: give at least two --ridge.alphas (now {self.alphas})",
+        )
+        require(self.n_targets_search >= 1, f"ridge.n_targets_search is {self.n_targets_search}, must be at least 1")
+        require(len(set(self.groups)) == len(self.groups), f"ridge.groups names a group twice: {self.groups}")
+        require(
+            not self.penalties or len(self.penalties) == len(self.groups) + 1 > 1,
+            f"ridge.penalties has {len(self.penalties)} values for {len(self.groups)} ridge.groups; give one for each and a last "
+            "one for all other voxels",
+        )
+        require(all(k > 0 for k in self.penalties), f"ridge.penalties is {self.penalties}; all must be positive")
+        require(
+            self.n_penalties_drawn == 0 or (self.n_penalties_drawn > 0 and len(self.groups) > 0),
+            f"ridge.n_penalties_drawn is {self.n_penalties_drawn}; it must not be negative and needs --ridge.groups",
+        )
 
 
 @dataclass(frozen=True)
@@ -435,6 +480,8 @@ class ClusterConfig:
     are 2 CPUs."""
     gpus_per_replica: float = 1.0
     """Share of a GPU per replica, on clusters that have GPUs."""
+    n_gpus: int | None = None
+    """GPUs to wait for at the start. A cluster that grows and shrinks is asked for them (cluster.yaml). None: those there are."""
     n_train_workers: int = 1
     """Ray Train workers per network; gradients are averaged over them."""
     cpus_per_train_worker: float = 1.0
@@ -444,7 +491,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.n_train_workers >= 1, f"cluster.n_train_workers is {self.n_train_workers}, must be at least 1")
-        require(self.n_replicas is None or self.n_replicas >= 1, f"cluster.n_replicas is {self.n_replicas}")
+        for name in ("n_replicas", "n_gpus"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"cluster.{name} is {value}, must be at least 1")
         for name in ("gpus_per_replica", "cpus_per_train_worker"):
             require(getattr(self, name) > 0, f"cluster.{name} is {getattr(self, name)}, must be positive")
 

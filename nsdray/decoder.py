@@ -5,7 +5,9 @@ A decoder is a folder:
 - ``decoder.json``: which regressor, which targets (with the SHA-256 of the network that made them), how to rescale
 - ``scaling.safetensors``: voxel indices, z-score of the betas, moments of the targets and of held-out predictions
 - the regressor's weights: ``network.safetensors``, or for ridge one file per column of the targets, such as
-  ``ridge_layer_07.safetensors`` (if they were asked for: ``ridge.weights``)
+  ``ridge_layer_07.safetensors`` (if they were asked for: ``ridge.weights``), and for dual coefficients
+  ``training_betas.safetensors``
+- of ridge: ``alphas.safetensors``, ``ridge_report.json`` (what was chosen and how well it predicts; `nsdray.cluster.ridge`)
 """
 from __future__ import annotations
 
@@ -77,6 +79,8 @@ class Decoder:
     def __init__(self, card: DecoderCard, scaling: Scaling, network: torch.nn.Module | None,
                  ridge: list[dict[str, np.ndarray]] | None, vdvae: VDVAE | None = None):  # fmt: skip
         self.card, self.scaling, self.network, self.ridge, self._vdvae = card, scaling, network, ridge, vdvae
+        self.training_betas: np.ndarray | None = None
+        """What dual coefficients are multiplied with, (n_train, n_voxels)."""
 
     @classmethod
     def load(cls, folder: str | Path, vdvae: VDVAE | None = None) -> Decoder:
@@ -91,7 +95,10 @@ class Decoder:
             files = [folder / f"ridge_{name}.safetensors" for name in card.columns]
             if not files[0].exists():
                 raise FileNotFoundError(f"{folder} holds no weights: fit again with --ridge.weights all (or vdvae)")
-            return cls(card, scaling, None, [safetensors_numpy.load_file(file) for file in files], vdvae)
+            decoder = cls(card, scaling, None, [safetensors_numpy.load_file(file) for file in files], vdvae)
+            if "dual" in decoder.ridge[0]:
+                decoder.training_betas = safetensors_numpy.load_file(folder / "training_betas.safetensors")["betas"]
+            return decoder
         network = REGRESSORS[card.regressor](len(scaling.betas_mean), len(scaling.latents_mean), **card.network)
         network.load_state_dict(load_file(folder / "network.safetensors"))
         return cls(card, scaling, network.eval(), None, vdvae)
@@ -124,7 +131,9 @@ class Decoder:
             raise ValueError(f"betas hold {np.count_nonzero(~np.isfinite(betas))} values that are not finite")
         x = zscore(betas, s.betas_mean, s.betas_std)
         if self.ridge is not None:
-            return np.concatenate([x @ layer["weights"] + layer["intercept"] for layer in self.ridge], 1)
+            name, x = ("weights", x) if self.training_betas is None else ("dual", x @ self.training_betas.T)
+            predictions = np.concatenate([x @ layer[name] + layer["intercept"] for layer in self.ridge], 1)
+            return predictions.astype(np.float32, copy=False)
         return predict(self.network, x, s.latents_mean, s.latents_std).numpy()
 
     def predict(self, betas: np.ndarray) -> list[np.ndarray]:
@@ -149,14 +158,20 @@ class Decoder:
         return pictures[0] if betas.ndim == 1 else pictures
 
 
-def rescaled(card: DecoderCard, s: Scaling, targets: np.ndarray) -> list[np.ndarray]:
-    """Raw predictions (n, n_targets) with the spread that the card asks for, cut into columns."""
+def rescaled(
+    card: DecoderCard, s: Scaling, targets: np.ndarray, test_moments: tuple[np.ndarray, np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """Raw predictions (n, n_targets) with the spread that the card asks for, cut into columns.
+
+    test_moments: mean and standard deviation of the whole test set's predictions where targets are a part of it; None: those
+    of the targets.
+    """
     if card.rescale == "train_moments":
         targets = rescale(targets, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
     elif card.rescale == "test_moments":
-        if len(targets) < 2:
+        if test_moments is None and len(targets) < 2:
             raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
-        targets = rescale(targets, *moments(targets), s.latents_mean, s.latents_std)
+        targets = rescale(targets, *(test_moments or moments(targets)), s.latents_mean, s.latents_std)
     sizes = [int(np.prod(shape)) for shape in card.shapes]
     columns = np.split(targets, np.cumsum(sizes)[:-1], 1)
     return [z.reshape(len(z), *shape) for z, shape in zip(columns, card.shapes)]

@@ -118,12 +118,12 @@ def line_chart(lines: Mapping[str, Line], x_label: str, y_label: str, ticks: Seq
     return _finished(canvas, axes, x_label, y_label)
 
 
-def _chart() -> tuple[Any, Any]:
-    """An empty matplotlib figure and its axes; matplotlib's global state stays as it is."""
+def _chart(height: float = 3.4) -> tuple[Any, Any]:
+    """An empty matplotlib figure (height in inches) and its axes; matplotlib's global state stays as it is."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(5.6, 3.4), layout="constrained")
+    canvas = Canvas(figsize=(5.6, height), layout="constrained")
     FigureCanvasSVG(canvas)
     return canvas, canvas.subplots()
 
@@ -135,6 +135,10 @@ def _finished(canvas: Any, axes: Any, x_label: str, y_label: str) -> bytes:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
+    return _svg(canvas)
+
+
+def _svg(canvas: Any) -> bytes:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -162,6 +166,17 @@ def dot_chart(
             axes.annotate(label, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_xscale("log")
     return _finished(canvas, axes, x_label, y_label)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], x_label: str, label: str) -> bytes:
+    """A map as SVG: values (n_rows, n_columns), a name per row. Red is above 0, blue below, white 0. label: of the colours."""
+    canvas, axes = _chart(1.2 + 0.3 * len(rows))
+    limit = float(np.abs(values).max()) or 1.0
+    image = axes.imshow(values, "RdBu_r", aspect="auto", interpolation="nearest", vmin=-limit, vmax=limit)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(x_label)
+    canvas.colorbar(image, label=label)
+    return _svg(canvas)
 
 
 def picture_grid(columns: dict[str, np.ndarray], title: str, cell: int = 96, n_columns_side: int = 1) -> Image.Image:

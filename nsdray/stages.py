@@ -268,8 +268,8 @@ class Plan:
         if fit.regressor == "ridge":
             alphas = {"vdvae": "alpha", "clip_vision": "alpha_vision", "clip_text": "alpha_text"}
             weights = settings["weights"] == "all" or settings["weights"] == fit.kind
-            settings = {k: v for k, v in settings.items() if not k.startswith("alpha")}
-            settings |= {"alpha": getattr(config.ridge, alphas[fit.kind]), "weights": weights}
+            settings = {k: v for k, v in settings.items() if k not in alphas.values()}
+            settings |= {"alphas": list(config.ridge.alphas) or [getattr(config.ridge, alphas[fit.kind])], "weights": weights}
         else:
             settings["n_train_workers"] = config.cluster.n_train_workers  # batch statistics and dropout are per worker
             del settings["checkpoint_every"]

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,12 @@ def resolve_root(root: str | None) -> str:
     """The store's root: the argument, else $NSDRAY_ROOT, else ~/nsdray-data; local paths are made absolute."""
     root = root or os.environ.get("NSDRAY_ROOT") or "~/nsdray-data"
     return root if "://" in root else str(Path(root).expanduser().resolve())
+
+
+def redacted(text: str) -> str:
+    """Text in which the credentials of addresses are replaced by ***: what may be printed and logged."""
+    text = re.sub(r"://[^\s?#@/]*:[^\s?#]*@|://[^\s?#@/]+@", "://***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|credential|signature)[^=&\s]*=)[^&\s]+", r"\1***", text)
 
 
 def subject_folder(subject: int) -> str:
@@ -87,14 +95,24 @@ def view_column(data: pa.Table, name: str) -> np.ndarray:
 
 
 class Store:
-    """A root folder or object-store prefix, through pyarrow's file systems."""
+    """A root folder or object-store prefix, through pyarrow's file systems.
+
+    root: a path, or an address such as ``s3://bucket/folder``. Credentials and the endpoint come from the environment
+    (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, …) or the machine's role; those in the address
+    (``s3://key:secret@bucket/folder?endpoint_override=http%3A%2F%2Fhost%3A9000``) are used, and never shown.
+    """
 
     def __init__(self, root: str):
-        self.root = root
         if "://" in root:
-            self.fs, self.base = fs.FileSystem.from_uri(root)
+            try:
+                self.fs, self.base = fs.FileSystem.from_uri(root)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{redacted(root)} cannot be used as a root: {redacted(str(error))}") from None
+            address = urlsplit(root)
+            self.root = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2]))
         else:
             self.fs, self.base = fs.LocalFileSystem(use_mmap=True), root
+            self.root = root
 
     @property
     def is_local(self) -> bool:
@@ -109,18 +127,24 @@ class Store:
         address, question, options = self.root.partition("?")
         return f"{address.rstrip('/')}/{path}{question}{options}"
 
+    def path(self, name: str) -> str:
+        """What the file system calls a file or folder below the root. ValueError if it were not below it."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name!r} is no name below {self.root}: it must be relative, without \"..\"")
+        return f"{self.base}/{name}"
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the whole files right below a folder; empty if it is not there."""
         return {info.base_name: info.size for info in self._files(folder) if not info.base_name.endswith(PARTIAL)}
 
     def _files(self, folder: str) -> list[fs.FileInfo]:
-        infos = self.fs.get_file_info(fs.FileSelector(f"{self.base}/{folder}", allow_not_found=True))
+        infos = self.fs.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
         return [info for info in infos if info.type == fs.FileType.File]
 
     def delete(self, path: str) -> None:
         """Delete a file, if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(f"{self.base}/{path}")
+            self.fs.delete_file(self.path(path))
 
     def sweep(self, folder: str, seconds: float = 3600.0) -> None:
         """Delete what killed writers left in a folder, once it is an hour old."""
@@ -129,7 +153,7 @@ class Store:
                 self.delete(f"{folder}/{info.base_name}")
 
     def read_bytes(self, path: str) -> bytes:
-        with self.fs.open_input_stream(f"{self.base}/{path}") as stream:
+        with self.fs.open_input_stream(self.path(path)) as stream:
             return stream.read()
 
     def write_bytes(self, path: str, data: bytes) -> None:
@@ -139,7 +163,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self, path: str) -> Iterator[pa.NativeFile]:
         """An output stream whose file appears whole or not at all: renamed on a file system, put at once on an object store."""
-        full = f"{self.base}/{path}"
+        full = self.path(path)
         if not self.is_local:
             buffer = pa.BufferOutputStream()
             yield buffer
@@ -244,7 +268,7 @@ class Stage:
 
     @contextlib.contextmanager
     def opened(self, partition: str, shard: str) -> Iterator[pq.ParquetFile]:
-        path = f"{self.store.base}/{self.folder}/{partition}/{shard}"
+        path = self.store.path(f"{self.folder}/{partition}/{shard}")
         try:
             with self.store.fs.open_input_file(path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
                 yield file

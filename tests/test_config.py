@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -10,15 +11,19 @@ from nsdray.config import (
     ClipConfig,
     ClusterConfig,
     Config,
+    ConvConfig,
     DataConfig,
     GRUConfig,
+    MLPConfig,
     RidgeConfig,
     SimulationConfig,
     Stage2Config,
     TargetsConfig,
+    TransformerConfig,
     digest,
 )
 from nsdray.recipes import RECIPES, read_recipe
+from nsdray.regressors import REGRESSORS
 
 
 @pytest.mark.parametrize(
@@ -33,8 +38,24 @@ from nsdray.recipes import RECIPES, read_recipe
         (lambda: RidgeConfig(alpha=0), "ridge.alpha is 0, must be positive"),
         (lambda: GRUConfig(dropout=1.0), "gru.dropout is 1.0"),
         (lambda: GRUConfig(patience=0), "gru.patience is 0"),
+        (lambda: MLPConfig(n_hidden_layers=0), "mlp.n_hidden_layers is 0, must be positive"),
+        (lambda: ConvConfig(hidden=5), "conv.hidden is 5, must be even"),
+        (lambda: TransformerConfig(hidden=5), "transformer.hidden is 5, must be even"),
+        (lambda: TransformerConfig(width=30), "transformer.width is 30, must be a multiple of transformer.n_heads, 4"),
+        (lambda: GRUConfig(trunk_rate=2), r"gru.trunk_rate is 2, must be in \[0, 1\]"),
+        (lambda: Config(n_layers=0), "n_layers is 0, must be at least 1"),
+        (lambda: Config(models=("shared-gru",), data=DataConfig(subjects=(2,))), "shared-gru: a shared model wants several"),
         (lambda: SimulationConfig(noise_ceiling=0), "simulation.noise_ceiling is 0"),
         (lambda: RidgeConfig(alpha_text=-1), "ridge.alpha_text is -1"),
+        (lambda: RidgeConfig(alphas=(1.0, -2.0)), r"ridge.alphas is \(1.0, -2.0\); all must be positive"),
+        (lambda: RidgeConfig(alphas=(1.0, 1.0)), "ridge.alphas names an alpha twice"),
+        (lambda: RidgeConfig(per_target=True, alphas=(1.0,)), r"at least two --ridge.alphas \(now \(1.0,\)\)"),
+        (lambda: RidgeConfig(n_targets_search=0), "ridge.n_targets_search is 0"),
+        (lambda: RidgeConfig(groups=("V1", "V1")), "ridge.groups names a group twice"),
+        (lambda: RidgeConfig(groups=("V1",), penalties=(2.0,)), "ridge.penalties has 1 values for 1 ridge.groups"),
+        (lambda: RidgeConfig(penalties=(2.0,)), "ridge.penalties has 1 values for 0 ridge.groups"),
+        (lambda: RidgeConfig(groups=("V1",), penalties=(2.0, 0.0)), r"ridge.penalties is \(2.0, 0.0\)"),
+        (lambda: RidgeConfig(n_penalties_drawn=3), "ridge.n_penalties_drawn is 3; .* needs --ridge.groups"),
         (lambda: ClipConfig(batch_size=0), "clip.batch_size is 0"),
         (lambda: Stage2Config(strength=1.2), "stage2.strength is 1.2"),
         (lambda: Stage2Config(mixing=-0.1), "stage2.mixing is -0.1"),
@@ -59,6 +80,15 @@ def test_recipes():
     assert (parity.ridge.alpha, parity.ridge.alpha_vision, parity.ridge.alpha_text) == (50_000, 60_000, 100_000)
     assert parity.stage2.reference_offset and parity.ridge.rescale == "test_moments" and not paper.stage2.reference_offset
     assert configs["mini"].data.nsd_root is None and configs["mini"].targets.vdvae == "mini"
+
+
+@pytest.mark.parametrize("name", REGRESSORS)
+def test_settings_fit_the_networks(name):
+    settings = getattr(Config(), name)
+    assert settings.name == name and Config().settings(f"shared-{name}") == Config().settings(name)
+    REGRESSORS[name](12, 5, **settings.sizes())
+    arguments = inspect.signature(REGRESSORS[name]).parameters
+    assert settings.sizes().keys() == arguments.keys() - {"n_voxels", "n_targets"}
 
 
 def test_digest_is_stable():

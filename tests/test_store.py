@@ -133,3 +133,22 @@ def test_local_folder_is_the_folder_itself(stage):
     stage.store.write_bytes(f"{stage.folder}/p/file.json", b"{}")
     with local_folder(stage, "p") as folder:
         assert (folder / "file.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("name", ["../out.parquet", "a/../../out.parquet", "/etc/passwd", "subject=01/.."])
+def test_no_name_leads_out_of_the_root(stage, tmp_path, name):
+    rows = table({"x": np.arange(3)})
+    partition, _, shard = name.rpartition("/")
+    store = stage.store
+    for attempt in (lambda: store.write_bytes(name, b""), lambda: store.read_bytes(name), lambda: store.sizes(name),
+                    lambda: store.delete(name)):  # fmt: skip
+        with pytest.raises(ValueError, match="is no name below"):
+            attempt()
+    if not name.startswith("/"):
+        with pytest.raises(ValueError, match="is no name below"):
+            stage.write(partition, shard, rows, {})
+        with pytest.raises(ValueError, match="is no name below"):
+            stage.read(partition, shard)
+    with pytest.raises(ValueError, match="is no name below"):
+        store.stage("reports/../../elsewhere", {}).claim()
+    assert not (tmp_path.parent / "out.parquet").exists()

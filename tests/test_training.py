@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from nsdray.regressors.gru import GRURegressor
-from nsdray.training import DivergedError, LocalContext, TargetScale, learning_rate_at, memory_batches, predict, train
+from nsdray.training import (
+    DivergedError,
+    LocalContext,
+    TargetScale,
+    free_memory,
+    learning_rate_at,
+    memory_batches,
+    predict,
+    require_memory,
+    train,
+)
 
 SETTINGS = dict(
     n_epochs=6, learning_rate=0.01, weight_decay=0.0, patience=20, warmup_epochs=1, clip_norm=1.0, seed=3
@@ -220,6 +230,41 @@ def test_learning_rate_rises_then_falls():
     rates = [learning_rate_at(e, learning_rate=1.0, warmup_epochs=3, n_epochs=13) for e in range(13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[8] == pytest.approx(0.5) and all(np.diff(rates[3:]) < 0) and rates[-1] > 0
+
+
+def test_rates_of_single_parameters(data):
+    """One epoch of a network of two layers, the first of them frozen or slow; AdamW's first steps are as long as its rate."""
+
+    def moved(rate_factor) -> dict[str, float]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        state = fit(model, data, n_epochs=1, rate_factor=rate_factor)["state"]
+        return {name: (value - before[name]).abs().max().item() for name, value in state.items()}
+
+    def slow(factor):
+        return lambda name: factor if name.startswith("0.") else 1.0
+
+    frozen, tenth, free = moved(slow(0.0)), moved(slow(0.1)), moved(None)
+    assert moved(slow(1.0)) == free
+    assert frozen["0.weight"] == frozen["0.bias"] == 0 < min(frozen["2.weight"], free["0.weight"])
+    assert tenth["0.weight"] == pytest.approx(0.1 * free["0.weight"], rel=0.3)
+    assert tenth["2.weight"] == pytest.approx(free["2.weight"], rel=0.3)
+
+
+def test_memory_is_asked_for_before_it_is_taken():
+    # the paper's GRU: 12,400,344 parameters x 20 bytes, and 128 rows of 15,724 betas and 4 x 13,344 targets
+    needed = 12_400_344 * 20 + 128 * 4 * (15_724 + 4 * 13_344)
+    assert require_memory(12_400_344, 15_724, 13_344, 128, free=needed) == needed
+    with pytest.raises(ValueError, match=r"its 12,400,344 parameters takes 0\.2 GB, a batch of 128 another 0\.0 GB, and 0\.1 GB"):
+        require_memory(12_400_344, 15_724, 13_344, 128, free=100_000_000)
+    assert 2**28 < free_memory(torch.device("cpu")) < 2**46
+
+
+def test_arrays_serve_as_well_as_tensors(data):
+    batches = [memory_batches(*pair, 32, 3)(0) for pair in (data["train"], tuple(x.numpy() for x in data["train"]))]
+    for (a, b, n), (c, d, m) in zip(*batches, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d) and n == m
 
 
 def test_errors(data):

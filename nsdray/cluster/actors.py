@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, from_png, to_png
-from nsdray.generators.stage2 import refine_pictures
+from nsdray.generators.stage2 import refine_pictures, round_trip
 from nsdray.metrics.perceptual import Metric, Preparation, passes, prepare
 from nsdray.models.backbones import features, load_backbone
 from nsdray.models.batching import padded_batches
@@ -150,9 +150,9 @@ class Replica:
 
     def round_trip(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """The control "vae": the seen pictures through Versatile Diffusion's VAE and back, the most that stage 2 could reach."""
-        pictures = refine_pictures(self.diffusion, self._seen(part), None, None, None, part.image_ids, self.config.stage2.seed,
-                                   self.diffusion_batch(), strength=0, guidance=1)  # fmt: skip
-        write_pictures(target, partition, part, "stage2", pictures, self.config.stage2.seed, inputs)
+        seed = self.config.stage2.seed
+        pictures = round_trip(self.diffusion, self._seen(part), part.image_ids, seed, self.diffusion_batch())
+        write_pictures(target, partition, part, "stage2", pictures, seed, inputs)
 
     def find_nearest(self, target: Stage, partition: str, part: Part, inputs: Inputs, train: Rows, train_ids: np.ndarray,
                      predicted: Rows) -> None:  # fmt: skip
@@ -226,9 +226,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
-    vdvae = None if plan.is_referee else plan.vdvae_checkpoint
-    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 and vdvae else (None, None)
-    arguments = (plan.config, plan.layout, vdvae, clip, diffusion, plan.backbone_files)
+    arguments = replica_arguments(plan)
     idle, running, waiting = [actor.remote(*arguments) for _ in range(n_replicas)], {}, list(calls)
     totals, done = Counter(partition_of(call) for call in calls), Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
@@ -243,6 +241,13 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
                 done[partition_of(call)] += 1
                 progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
                 progress.update()
+
+
+def replica_arguments(plan: Plan) -> tuple[Any, ...]:
+    """What a plan's replicas are made from."""
+    vdvae = None if plan.is_referee else plan.vdvae_checkpoint
+    clip, diffusion = (plan.clip_checkpoint, plan.diffusion_folder) if plan.has_stage2 and vdvae else (None, None)
+    return plan.config, plan.layout, vdvae, clip, diffusion, plan.backbone_files
 
 
 def partition_of(call: tuple[str, tuple[Any, ...]]) -> str:

@@ -82,14 +82,34 @@ def write_samples(subject: SubjectPlan, missing: dict[str, list[str]]) -> None:
 
 def read_samples(subject: SubjectPlan, split: str) -> tuple[np.ndarray, np.ndarray]:
     """All image_ids (n,) and mean betas (n, n_voxels) float32 in percent signal change of one split."""
-    parts = [subject.plan.samples.read(subject.samples(split), p.name, ["image_id", "betas"]) for p in subject.parts(split)]
-    return tuple(np.concatenate([view_column(part, name) for part in parts]) for name in ("image_id", "betas"))
+    ids = subject.image_ids(split)
+    betas, start = np.empty((len(ids), len(subject.voxels.index)), np.float32), 0
+    for part in subject.parts(split):  # no second copy: these are the largest array of a ridge regression
+        data = subject.plan.samples.read(subject.samples(split), part.name, ["image_id", "betas"])
+        own = slice(start, start + len(part.image_ids))
+        ids[own], betas[own] = view_column(data, "image_id"), view_column(data, "betas")
+        start = own.stop
+    return ids, betas
 
 
 def read_targets(subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae") -> np.ndarray:
     """Targets of one split, flattened and side by side: float16 (n_samples, n_targets)."""
-    stage, partition = subject.plan.targets(kind), subject.targets(split)
-    return np.concatenate([_flatten(stage.read(partition, p.name, columns), columns) for p in subject.parts(split)])
+    parts = [part.name for part in subject.parts(split)]
+    return read_columns(subject.plan.targets(kind), subject.targets(split), parts, columns, len(subject.image_ids(split)))
+
+
+def read_columns(stage: Stage, partition: str, parts: Sequence[str], columns: Sequence[str], n_rows: int) -> np.ndarray:
+    """Array columns of some parts (n_rows in all), flattened and side by side: (n_rows, n_values) in the columns' dtype."""
+    out, start = None, 0
+    for part in parts:
+        data = stage.read(partition, part, columns)
+        views = [view_column(data, name).reshape(data.num_rows, -1) for name in columns]
+        if out is None:
+            out = np.empty((n_rows, sum(view.shape[1] for view in views)), views[0].dtype)
+        np.concatenate(views, 1, out=out[start : start + data.num_rows])
+        start += data.num_rows
+    assert start == n_rows, f"{stage.uri(partition)} holds {start} rows, not {n_rows}"
+    return out
 
 
 def _flatten(data, columns: Sequence[str]) -> np.ndarray:
@@ -266,25 +286,27 @@ class SharedArrays:
         return TrainingArrays(betas, Columns(targets), val_betas, Columns(val_targets), scale)
 
 
-def share_arrays(subject: SubjectPlan, columns: Sequence[str], held_out: np.ndarray, kind: str = "vdvae") -> SharedArrays:
-    """Read a subject's training images into the object store, split into those to fit to and held_out (image_ids)."""
-    shared = ray.put(subject)
-    refs = {name: _share_column.remote(shared, name, held_out, kind) for name in columns}
-    return SharedArrays(_share_betas.remote(shared, held_out), refs)
+def share_arrays(source: Source, held_out: np.ndarray) -> SharedArrays:
+    """Read training images into the object store, split into those to fit to and held_out (image_ids)."""
+    is_held_out = np.isin(np.concatenate([part.image_ids for part in source.parts]), held_out)
+    shared = ray.put(source), ray.put(is_held_out)
+    columns = {name: _share_column.remote(*shared, name) for name in source.columns}
+    return SharedArrays(_share_betas.remote(*shared), columns)
 
 
 @ray.remote(num_cpus=1)
-def _share_betas(subject: SubjectPlan, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def _share_betas(source: Source, is_held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """z-scored betas of the images to fit to and of the held-out ones, and the former's moments."""
-    image_ids, betas = read_samples(subject, "train")
-    is_held_out = np.isin(image_ids, held_out)
+    parts = [source.samples.read(source.samples_partition, part.name, ["betas"]) for part in source.parts]
+    betas = np.concatenate([view_column(part, "betas") for part in parts])
     mean, std = moments(betas[~is_held_out])
-    scaled = zscore(betas, mean, std)
-    return scaled[~is_held_out], scaled[is_held_out], {"betas_mean": mean, "betas_std": std}
+    rows = (zscore(betas[mask], mean, std) for mask in (~is_held_out, is_held_out))
+    return *rows, {"betas_mean": mean, "betas_std": std}
 
 
 @ray.remote(num_cpus=1)
-def _share_column(subject: SubjectPlan, column: str, held_out: np.ndarray, kind: str) -> tuple[np.ndarray, ...]:
+def _share_column(source: Source, is_held_out: np.ndarray, column: str) -> tuple[np.ndarray, ...]:
     """Targets (n, n_i) float16 of the images to fit to and of the held-out ones, and the former's moments."""
-    targets, is_held_out = read_targets(subject, "train", [column], kind), np.isin(subject.image_ids("train"), held_out)
+    parts = [source.targets.read(source.targets_partition, part.name, [column]) for part in source.parts]
+    targets = np.concatenate([_flatten(part, [column]) for part in parts])
     return targets[~is_held_out], targets[is_held_out], *moments(targets[~is_held_out])

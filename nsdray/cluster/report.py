@@ -10,6 +10,7 @@ import numpy as np
 
 from nsdray.cluster import run
 from nsdray.cluster.noise import noise_section
+from nsdray.cluster.ridge_report import ridge_section
 from nsdray.cluster.scores import mean_scores, pooled, scores_of, source_name, spread_over_seeds, summary, table_columns
 from nsdray.metrics.bootstrap import bootstrap, paired_difference
 from nsdray.metrics.published import PUBLISHED
@@ -248,7 +249,7 @@ def report_page(plan: Plan) -> str:
     subtitle = f"Subjects {', '.join(str(s.subject) for s in plan.subjects)} · {what}"
     pictures = (picture_section(subject) for subject in plan.subjects)
     scores = score_section(plan), published_section(plan), noise_section(plan)
-    sections = [*scores, *pictures, curve_section(plan), provenance(plan)]
+    sections = [*scores, *pictures, curve_section(plan), ridge_section(plan), provenance(plan)]
     title = f"nsdray: {IMAGES if plan.is_referee else config.recipe}"
     return render(title, subtitle, [section for section in sections if section], warning)
 

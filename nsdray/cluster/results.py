@@ -12,25 +12,31 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import run
+from nsdray.cluster.autoscale import enough_gpus
 from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
+from nsdray.cluster.preflight import require_cluster, require_inputs, require_room
 from nsdray.cluster.report import report_file, write_report
+from nsdray.cluster.ridge_report import ridge_scores
 from nsdray.cluster.scores import mean_scores, summary
 from nsdray.cluster.tracking import start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
 from nsdray.stages import Fit, Plan, SubjectPlan
-from nsdray.store import Inputs, Store
+from nsdray.store import Inputs, Store, redacted
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
 
 
 def train_all_subjects(plan: Plan) -> None:
     """Bring everything up to date, from raw NSD to MLflow. Finished stages are skipped."""
+    require_inputs(plan)
     if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
+    require_room(plan)
     run.start_ray(plan)
-    with tracking(plan) as tracker:
+    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
+        require_cluster(plan)
         for each in (*plan.replicates, plan):
             start_runs(each, tracker)
             run.prepare_betas(each)
@@ -99,7 +105,7 @@ def mlflow_inputs(store: Store) -> Inputs:
     uri = tracking_uri(store)
     database = Path(uri.removeprefix("sqlite:///"))
     gone = uri.startswith("sqlite:///") and not database.exists()
-    return {"mlflow": uri, "database": "gone" if gone else "there"}
+    return {"mlflow": redacted(uri), "database": "gone" if gone else "there"}
 
 
 def run_inputs(subject: SubjectPlan) -> Inputs:
@@ -185,11 +191,12 @@ def track_results(plan: Plan, tracker: Any) -> None:
         sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
         if "history.json" in sizes:
             ray.get(tracker.complete_curves.remote(key, json.loads(plan.store.read_bytes(f"{folder}/history.json"))))
-        names = list(sizes) if sum(sizes.values()) <= CHECKPOINT_BYTES else ["decoder.json"]
+        small = sum(sizes.values()) <= CHECKPOINT_BYTES
+        names = [name for name in sizes if small or name in ("decoder.json", "ridge_report.json")]
         files = {f"decoder/{name}": plan.store.read_bytes(f"{folder}/{name}") for name in names}
         files["grid.png"] = report_file(plan, f"subject{subject.subject:02d}.png")
         means = mean_scores(subject, model).items()
-        scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means}
+        scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means} | ridge_scores(subject)
         ray.get(tracker.log_result.remote(key, scores, {"decoder": plan.store.uri(folder)}, files))
         stage = plan.tracked(model)
         stage.claim()

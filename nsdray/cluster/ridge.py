@@ -1,27 +1,52 @@
-"""Ridge on a cluster: one factorisation a subject and alpha, shared through the object store, one task per block of columns.
+"""Ridge on a cluster: one kernel a subject and one factorisation an alpha (`nsdray.cluster.ridge_factors`), shared through the
+object store, and one task per some blocks of columns.
 
 A block's targets are read from Parquet, its test predictions are the smoother times the targets, and no weights exist
 unless they are asked for.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
 from safetensors.numpy import save
 
-from nsdray.cluster.data import read_samples, read_targets
+from nsdray.cluster.data import read_targets
+from nsdray.cluster.ridge_factors import (
+    N_TARGETS_BLOCK,
+    Betas,
+    Choice,
+    blocks_of,
+    candidates_of,
+    choose,
+    decompose,
+    groups_of,
+    make_kernel,
+    sample_targets,
+    sampled_rows,
+    score_penalties,
+    sizes_of,
+    solve_kernel,
+    standardise,
+)
 from nsdray.decoder import DecoderCard, Scaling, card_bytes, rescaled
 from nsdray.metrics.table import latent_scores
-from nsdray.regressors.ridge import RidgeFactor, factorise
-from nsdray.regressors.scaling import moments, zscore
-from nsdray.seeds import rng
+from nsdray.regressors.linalg import Cholesky, Eigen, find_device, to_numpy
+from nsdray.regressors.ridge import RidgeKernel, primal
+from nsdray.regressors.ridge_grid import BlockFit, Smoothers, ahead, alpha_scores, fit_block
+from nsdray.regressors.ridge_memory import check_memory, ridge_bytes
+from nsdray.regressors.scaling import moments
+from nsdray.regressors.target_blocks import centre_targets
 from nsdray.stages import Fit, SubjectPlan
 from nsdray.store import Stage, table
 
-N_TARGETS_BLOCK = 4096
-"""Targets of a block, at least; a VDVAE layer or a CLIP token is never cut."""
+SMALL = 1e10
+"""Multiplications of a kernel below which one CPU is enough."""
 
 
 def decoder_card(subject: SubjectPlan, fit: Fit, rescale: str, network: dict) -> DecoderCard:
@@ -33,86 +58,164 @@ def decoder_card(subject: SubjectPlan, fit: Fit, rescale: str, network: dict) ->
                        plan.is_simulated, network)  # fmt: skip
 
 
-@ray.remote(num_cpus=1, num_returns=4)
-def factorise_subject(subject: SubjectPlan, alpha: float) -> tuple[RidgeFactor, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """z-score the betas by the training images' moments and factorise: the factor, the smoother of the test images, the
-    leave-one-out smoother of a seeded sample of about as many training images, and the scaling of the betas."""
-    _, betas = read_samples(subject, "train")
-    mean, std = moments(betas)
-    factor = factorise(zscore(betas, mean, std), alpha)
-    _, test = read_samples(subject, "test")
-    n_held_out = min(len(betas), max(2, len(test)))
-    rows = np.sort(rng(subject.plan.config.seed, "leave-one-out", subject.subject).permutation(len(betas))[:n_held_out])
-    smoothers = factor.smoother(zscore(test, mean, std)), factor.leave_one_out_smoother(rows)
-    return factor, *smoothers, {"betas_mean": mean, "betas_std": std}
+@dataclass(frozen=True)
+class Solver:
+    """What solves blocks of targets: smoothers, and the inverse where these are not enough."""
+
+    smoothers: Smoothers
+    kernel: RidgeKernel
+    inverse: Cholesky | Eigen | None
+    selection: str
+    rows: np.ndarray
+    """Of the leave-one-out sample."""
+
+    def solve(self, targets: np.ndarray, dual: bool) -> tuple[BlockFit, np.ndarray, np.ndarray | None]:
+        """Predictions of some targets, their standard deviation, and dual coefficients (n_samples, n_targets) if asked for."""
+        kernel, s, scores = self.kernel, self.smoothers, None
+        block = centre_targets(targets, kernel.dtype, kernel.device, kernel.n_samples)
+        if len(s.alphas) > 1 and (self.selection != "sample" or len(s.rows) > len(self.rows)):
+            scores = alpha_scores(kernel, self.inverse, s.alphas, block, self.selection, self.rows)
+        fitted, coefficients = fit_block(s, block, scores), None
+        if dual:
+            coefficients = np.empty(targets.shape, kernel.dtype)
+            for a in np.unique(fitted.choice):
+                own = np.flatnonzero(fitted.choice == a)
+                inverse = self.inverse if isinstance(self.inverse, Cholesky) else self.inverse.at(s.alphas[a])
+                coefficients[:, own] = to_numpy(inverse.solve(block.centred[:, own]))
+        return fitted, block.std, coefficients
 
 
-def blocks_of(columns: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
-    """Columns in groups of at least N_TARGETS_BLOCK targets (but for the last)."""
-    blocks: list[list[str]] = [[]]
-    n = 0
-    for column, size in zip(columns, sizes):
-        if n >= N_TARGETS_BLOCK:
-            blocks.append([])
-            n = 0
-        blocks[-1].append(column)
-        n += size
-    return blocks
+@ray.remote
+def fit_blocks(subject: SubjectPlan, fit: Fit, betas: Betas | None, kernel: RidgeKernel, smoothers: Smoothers,
+               inverse: Cholesky | Eigen | None, blocks: list[list[str]]) -> list[dict[str, Any]]:  # fmt: skip
+    """Fit some blocks of columns, reading the next while one is computed. Writes weights if there are betas."""
+    device, settings = find_device(), subject.plan.model(fit).config["settings"]
+    kernel = dataclasses.replace(kernel, betas=betas and betas.train, device=device)
+    inverse = inverse and inverse.to(device)
+    solver = Solver(smoothers.to(device), kernel, inverse, settings["selection"], sampled_rows(subject))
+    read = ((columns, read_targets(subject, "train", columns, fit.kind)) for columns in blocks)
+    return [fit_columns(subject, fit, solver, *block) for block in ahead(read)]
+
+
+def fit_columns(subject: SubjectPlan, fit: Fit, solver: Solver, columns: list[str], targets: np.ndarray) -> dict[str, Any]:
+    """Fit a block, at most N_TARGETS_BLOCK targets at a time: its test predictions before rescaling, moments, scores, and what
+    was chosen. Writes the weights if the solver has betas."""
+    truth = read_targets(subject, "test", columns, fit.kind)
+    found: list[dict[str, np.ndarray]] = []
+    dual = np.empty(targets.shape, solver.kernel.dtype) if solver.kernel.betas is not None else None
+    for start in range(0, targets.shape[1], N_TARGETS_BLOCK):
+        own = slice(start, start + N_TARGETS_BLOCK)
+        fitted, std, coefficients = solver.solve(targets[:, own], dual is not None)
+        if dual is not None:
+            dual[:, own] = coefficients
+        test = fitted.test.astype(np.float32, copy=False)
+        predictions_mean, predictions_std = fitted.left_out_moments()
+        test_mean, test_std = moments(test)
+        found.append(
+            {"latents_mean": fitted.mean.astype(np.float32), "latents_std": std.astype(np.float32), "test": test,
+             "predictions_mean": predictions_mean, "predictions_std": predictions_std, "test_mean": test_mean,
+             "test_std": test_std, "alphas": np.array(solver.smoothers.alphas)[fitted.choice],
+             "loo_r2": fitted.leave_one_out_r2, "test_r2": fitted.parts_of_r2(truth[:, own])}
+        )  # fmt: skip
+    block = {name: np.concatenate([piece[name] for piece in found], -1) for name in found[0]}
+    if dual is not None:
+        write_weights(subject, fit, solver.kernel, columns, dual, block["latents_mean"])
+    return block | {f"{name}/{pairing}": values * len(truth[0]) for name, pairing, values in latent_scores(truth, block["test"])}
+
+
+def write_weights(subject: SubjectPlan, fit: Fit, kernel: RidgeKernel, columns: list[str], dual: np.ndarray,
+                  mean: np.ndarray) -> None:  # fmt: skip
+    """Write a file per column: weights (n_voxels, n_targets) or dual coefficients (n_train, n_targets), and the intercept."""
+    plan, start = subject.plan, 0
+    for column, size in zip(columns, sizes_of(subject, fit, columns)):
+        own = slice(start, start + size)
+        if plan.config.ridge.coefficients == "primal":
+            weights, intercept = primal(kernel, dual[:, own], mean[own])
+            data = {"weights": weights, "intercept": intercept}
+        else:
+            offset = dual_betas(kernel) @ kernel.mean_
+            data = {"dual": np.ascontiguousarray(dual[:, own]), "intercept": mean[own] - offset @ dual[:, own]}
+        plan.store.write_bytes(f"{plan.model(fit).folder}/{subject.folder}/ridge_{column}.safetensors", save(data))
+        start = own.stop
+
+
+def dual_betas(kernel: RidgeKernel) -> np.ndarray:
+    """What dual coefficients are multiplied with: betas @ dual_betas.T @ dual + intercept, (n_train, n_voxels)."""
+    out = np.empty(kernel.betas.shape, np.float32)
+    for voxels, x in kernel.chunks(kernel.betas):
+        out[:, voxels] = to_numpy(x) * (1 if kernel.scale is None else kernel.scale[voxels])
+    return out
+
+
+# What is left when all blocks are there.
 
 
 @ray.remote(num_cpus=1)
-def fit_block(subject: SubjectPlan, fit: Fit, factor: RidgeFactor | None, smoother: np.ndarray, leave_one_out: np.ndarray,
-              columns: list[str]) -> dict[str, np.ndarray]:  # fmt: skip
-    """Moments of some columns and of their leave-one-out predictions, and the test predictions before rescaling. Writes the
-    weights if there is a factor."""
-    plan, stage = subject.plan, subject.plan.model(fit)
-    targets = read_targets(subject, "train", columns, fit.kind).astype(np.float32)
-    mean = targets.mean(0, dtype=np.float64).astype(np.float32)
-    centred = targets - mean
-    if factor is not None:
-        weights, intercept = factor.weights(targets)
-        start = 0
-        for column, size in zip(columns, sizes_of(subject, fit, columns)):
-            own = slice(start, start + size)
-            data = {"weights": np.ascontiguousarray(weights[:, own]), "intercept": intercept[own]}
-            plan.store.write_bytes(f"{stage.folder}/{subject.folder}/ridge_{column}.safetensors", save(data))
-            start = own.stop
-    latents_mean, latents_std = moments(targets)
-    predictions_mean, predictions_std = moments(leave_one_out @ centred + mean)
-    return {"latents_mean": latents_mean, "latents_std": latents_std, "predictions_mean": predictions_mean,
-            "predictions_std": predictions_std, "test": smoother @ centred + mean}  # fmt: skip
-
-
-def sizes_of(subject: SubjectPlan, fit: Fit, columns: Sequence[str]) -> list[int]:
-    """Targets in each of these columns."""
-    sizes = dict(zip(subject.plan.columns(fit.kind), subject.plan.shapes(fit.kind)))
-    return [int(np.prod(sizes[column])) for column in columns]
-
-
-@ray.remote(num_cpus=1)
-def write_fit(subject: SubjectPlan, fit: Fit, betas_scaling: dict[str, np.ndarray], *blocks: dict[str, np.ndarray]) -> None:
+def write_fit(subject: SubjectPlan, fit: Fit, betas: Betas | None, betas_scaling: dict[str, np.ndarray],
+              kernel: RidgeKernel | None, choice: Choice, *tasks: list[dict[str, Any]]) -> None:  # fmt: skip
     """Write what is left of the decoder's folder and the test predictions, and mark both as finished."""
-    joined = {name: np.concatenate([block[name] for block in blocks], -1) for name in blocks[0]}
-    test = joined.pop("test")
-    scaling = Scaling(voxel_index=subject.voxels.index, **betas_scaling, **joined)
-    card = decoder_card(subject, fit, subject.plan.config.ridge.rescale, {})
-    write_predictions(subject, fit, test, rescaled(card, scaling, test))
+    blocks, config = [block for task in tasks for block in task], subject.plan.config.ridge
+    names = ("latents_mean", "latents_std", "predictions_mean", "predictions_std", "test_mean", "test_std", "alphas", "loo_r2",
+             "test_r2")  # fmt: skip
+    joined = {name: np.concatenate([block[name] for block in blocks], -1) for name in names}
+    scaling = Scaling(voxel_index=subject.voxels.index, **betas_scaling, **{name: joined[name] for name in names[:4]})
+    card = decoder_card(subject, fit, config.rescale, {})
+    n_targets = len(joined["alphas"])
+    scores = {name: sum(block[name] for block in blocks) / n_targets for name in blocks[0] if "/" in name}
+
+    def cells(rows: slice) -> list[np.ndarray]:
+        raw = np.concatenate([block["test"][rows] for block in blocks], 1)
+        return rescaled(card, scaling, raw, (joined["test_mean"], joined["test_std"]))
+
+    write_rows(subject, fit, scores, cells)
+    folder, store = f"{subject.plan.model(fit).folder}/{subject.folder}", subject.plan.store
+    chosen = {"alphas": joined["alphas"].astype(np.float32), "loo_r2": joined["loo_r2"].astype(np.float32)}
+    store.write_bytes(f"{folder}/alphas.safetensors", save(chosen))
+    report = ridge_report(subject, fit, choice, joined)
+    store.write_bytes(f"{folder}/ridge_report.json", json.dumps(report, indent=1).encode())
+    if betas is not None and config.coefficients == "dual":
+        own = dual_betas(dataclasses.replace(kernel, betas=betas.train))
+        store.write_bytes(f"{folder}/training_betas.safetensors", save({"betas": own}))
     finish_decoder(subject, subject.plan.model(fit), card, scaling)
+
+
+def ridge_report(subject: SubjectPlan, fit: Fit, choice: Choice, targets: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Contents of ridge_report.json: what was chosen; and per layer or token the alphas, and means over its targets of the
+    leave-one-out R2 (on the held-out rows; `nsdray.regressors.ridge_grid`), of the test images' R2 before rescaling, relative to
+    predicting the training mean, and of the parts of that which come from each voxel group."""
+    settings, names, start, columns = subject.plan.model(fit).config["settings"], list(groups_of(subject)), 0, []
+    for column, size in zip(subject.plan.columns(fit.kind), sizes_of(subject, fit, subject.plan.columns(fit.kind))):
+        own = slice(start, start + size)
+        alphas, parts = targets["alphas"][own], targets["test_r2"][:, own].mean(1)
+        columns.append(
+            {"column": column, "n_targets": size, "alpha_min": float(alphas.min()), "alpha_median": float(np.median(alphas)),
+             "alpha_max": float(alphas.max()), "loo_r2": float(targets["loo_r2"][own].mean()), "test_r2": float(parts.sum()),
+             "test_r2_parts": dict(zip(names, parts.tolist()))}
+        )  # fmt: skip
+        start = own.stop
+    penalties = dict(zip(names, choice.penalties or [1.0] * len(names)))
+    return {"alphas": settings["alphas"], "selection": settings["selection"] if len(settings["alphas"]) > 1 else "fixed",
+            "per_target": settings["per_target"], "penalties": penalties, "columns": columns}  # fmt: skip
 
 
 def write_predictions(subject: SubjectPlan, fit: Fit, raw: np.ndarray, columns: list[np.ndarray]) -> None:
     """Write the test images' predictions, rescaled, with the errors of the raw ones. raw: (n_test, n_targets)."""
-    plan, stage, names = subject.plan, subject.plan.predictions(fit), subject.plan.columns(fit.kind)
-    truth = read_targets(subject, "test", names, fit.kind)
+    truth = read_targets(subject, "test", subject.plan.columns(fit.kind), fit.kind)
     scores = {f"{name}/{pairing}": values for name, pairing, values in latent_scores(truth, raw)}
-    data = {"image_id": subject.image_ids("test")} | scores | dict(zip(names, columns))
+    write_rows(subject, fit, scores, lambda rows: [column[rows] for column in columns])
+
+
+def write_rows(subject: SubjectPlan, fit: Fit, scores: dict[str, np.ndarray], cells: Callable[[slice], list[np.ndarray]]) -> None:
+    """Write predictions part by part. scores: a value per test image; cells: some rows of every column."""
+    stage, names, start = subject.plan.predictions(fit), subject.plan.columns(fit.kind), 0
+    image_ids = subject.image_ids("test")
     stage.claim()
-    start = 0
     for part in subject.parts("test"):
         rows = slice(start, start + len(part.image_ids))
-        stage.write(subject.folder, part.name, table({k: v[rows] for k, v in data.items()}), subject.inputs)
+        data = {"image_id": image_ids[rows]} | {name: values[rows] for name, values in scores.items()}
+        stage.write(subject.folder, part.name, table(data | dict(zip(names, cells(rows)))), subject.inputs)
         start = rows.stop
-    plan.predictions(fit).finish(subject.folder, subject.wanted())
+    stage.finish(subject.folder, subject.wanted())
 
 
 def finish_decoder(subject: SubjectPlan, stage: Stage, card: DecoderCard, scaling: Scaling) -> None:
@@ -124,19 +227,75 @@ def finish_decoder(subject: SubjectPlan, stage: Stage, card: DecoderCard, scalin
     stage.finish(subject.folder, {name: subject.inputs for name in files})
 
 
+# The whole of it.
+
+
 def fit_ridge(subject: SubjectPlan, fits: Sequence[Fit]) -> list[ray.ObjectRef]:
     """Start fitting a subject's ridges; each reference resolves when a decoder and its test predictions are finished."""
-    plan, shared, factors, done = subject.plan, ray.put(subject), {}, []
-    for fit in fits:
-        settings = plan.model(fit).config["settings"]
-        alpha = settings["alpha"]
-        if alpha not in factors:
-            factors[alpha] = factorise_subject.remote(shared, alpha)
-        factor, smoother, leave_one_out, scaling = factors[alpha]
-        columns = plan.columns(fit.kind)
-        blocks = [
-            fit_block.remote(shared, fit, factor if settings["weights"] else None, smoother, leave_one_out, block)
-            for block in blocks_of(columns, sizes_of(subject, fit, columns))
-        ]
-        done.append(write_fit.remote(shared, fit, scaling, *blocks))
+    if not fits:
+        return []
+    check_room(subject, fits)
+    plan, shared = subject.plan, ray.put(subject)
+    whole, share = task_options(subject)
+    settings = [plan.model(fit).config["settings"] for fit in fits]
+    candidates, ridge, done = candidates_of(subject), plan.config.ridge, []
+    betas, scaling = standardise.remote(shared)
+    kernel = make_kernel.options(**whole).remote(betas, Choice((), candidates[0]), ridge.dtype)
+    eigen = decompose.options(**whole).remote(kernel) if len(ridge.alphas) > 1 else None
+    scores = []
+    if len(candidates) > 1 or (len(ridge.alphas) > 1 and not ridge.per_target):
+        targets = [sample_targets.remote(shared, fit, ridge.n_targets_search) for fit in fits]
+        first = (kernel, eigen), *[(None, None)] * (len(candidates) - 1)
+        scores = [score_penalties.options(**whole).remote(shared, betas, *known, own, settings, *targets)
+                  for known, own in zip(first, candidates)]  # fmt: skip
+    for kind, (fit, own) in enumerate(zip(fits, settings)):
+        choice = choose.remote(own, candidates, kind, *scores) if scores else Choice(tuple(own["alphas"]), candidates[0])
+        used, parts = kernel, eigen
+        if len(candidates) > 1:  # which are chosen is not known yet
+            used = make_kernel.options(**whole).remote(betas, choice, ridge.dtype)
+            parts = decompose.options(**whole).remote(used) if ridge.per_target else None
+        smoothers, inverse = solve_kernel.options(**whole).remote(shared, betas, used, parts, choice, own)
+        written = betas if own["weights"] else None
+        blocks = blocks_of(plan.columns(fit.kind), sizes_of(subject, fit, plan.columns(fit.kind)))
+        tasks = [fit_blocks.options(**share).remote(shared, fit, written, used, smoothers, inverse, some)
+                 for some in batches(blocks)]  # fmt: skip
+        done.append(write_fit.remote(shared, fit, written, scaling, used if written else None, choice, *tasks))
     return done
+
+
+def batches(blocks: list[list[str]]) -> Iterator[list[list[str]]]:
+    """Blocks in as many tasks as keep every CPU busy, several to a task so that it can read ahead."""
+    n = max(1, len(blocks) // (4 * int(ray.cluster_resources().get("CPU", 1))))
+    for start in range(0, len(blocks), n):
+        yield blocks[start : start + n]
+
+
+def task_options(subject: SubjectPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ray's options for the tasks that do one thing for a whole subject, and for those that share its targets."""
+    plan, resources = subject.plan, ray.cluster_resources()
+    if resources.get("GPU", 0):
+        return {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": plan.config.cluster.gpus_per_replica}
+    one = {"num_cpus": 1}
+    n, p = len(subject.image_ids("train")), len(subject.voxels.index)
+    cpus = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])) // len(plan.subjects)
+    if cpus < 2 or n * n * p < SMALL:
+        return one, one
+    return {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}}, one
+
+
+def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
+    """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
+    plan, config = subject.plan, subject.plan.config.ridge
+    n, n_test = len(subject.image_ids("train")), len(subject.image_ids("test"))
+    sizes = [size for fit in fits for size in sizes_of(subject, fit, plan.columns(fit.kind))]
+    per_target = len(config.alphas) if config.per_target else 1
+    needed = ridge_bytes(
+        n, len(subject.voxels.index), n_test, n if config.held_out == "all" else n_test, min(N_TARGETS_BLOCK, sum(sizes)),
+        np.dtype(config.dtype), n_alphas=per_target, n_groups=max(1, len(groups_of(subject))), decomposed=len(config.alphas) > 1,
+        keep=True, n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)),
+    )  # fmt: skip
+    needed["targets"] += 4 * n_test * sum(sizes)  # their predictions, in the object store
+    rooms = [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in ray.nodes()
+             if node["Alive"]]  # fmt: skip
+    remedy = "Use a larger node, --ridge.dtype float32, fewer --ridge.alphas with --ridge.per-target, or --ridge.held-out sample."
+    check_memory(needed, max(rooms), f"the largest node of the cluster, for subject {subject.subject},", remedy)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nsdray.cluster import ridge
 from nsdray.cluster.actors import Rows, gather, read_rows, run_replicas, write_pictures
 from nsdray.cluster.data import read_samples, read_targets, write_samples, write_session, write_voxels
+from nsdray.cluster.estimate import write_samples_memory
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
@@ -130,8 +131,7 @@ def prepare_betas(plan: Plan) -> None:
     for subject in plan.subjects:
         shards = {split: missing[plan.samples.folder, subject.samples(split)] for split in ("train", "test")}
         if any(shards.values()):
-            n_bytes = 2 * len(subject.trials.image_id) * len(subject.voxels.index) + 200_000_000
-            tasks.append(write_samples.options(memory=n_bytes).remote(subject, shards))
+            tasks.append(write_samples.options(memory=write_samples_memory(subject)).remote(subject, shards))
     gather(tasks, "average repeats", "subject")
     finish(partitions)
 

@@ -15,7 +15,7 @@ import ray
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from nsdray.store import Store
+from nsdray.store import Store, redacted
 
 EXPERIMENT = "nsdray"
 KEY = "nsdray.key"
@@ -60,7 +60,7 @@ class Tracker:
                 run = self.client.create_run(self.experiment, tags=tags | own)
             self.runs[key] = run.info.run_id
             if not run.data.params:
-                self.client.log_batch(run.info.run_id, params=[Param(k, str(v)[:500]) for k, v in params.items()])
+                self.client.log_batch(run.info.run_id, params=[Param(k, redacted(str(v))[:500]) for k, v in params.items()])
         return self.runs[key]
 
     def log_epoch(self, key: str, metrics: dict[str, float]) -> None:
@@ -84,7 +84,7 @@ class Tracker:
         self.client.log_batch(
             self.runs[key],
             metrics=[Metric(name, value, now, step) for name, value in scores.items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
+            tags=[RunTag(name, redacted(value)) for name, value in tags.items()],
         )
         with tempfile.TemporaryDirectory() as folder:
             for name, contents in files.items():
@@ -103,9 +103,19 @@ class Tracker:
 def start_tracker(store: Store) -> Any:
     """The tracker's actor, on this node."""
     here = ray.get_runtime_context().get_node_id()
-    artifacts = Path(store.base, "mlartifacts").as_uri() if store.is_local else store.uri("mlartifacts")
-    external = "MLFLOW_TRACKING_URI" in os.environ
     actor = ray.remote(num_cpus=0)(Tracker).options(
         scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
     )
-    return actor.remote(tracking_uri(store), None if external else artifacts)
+    return actor.remote(tracking_uri(store), artifacts_location(store))
+
+
+def artifacts_location(store: Store) -> str | None:
+    """Where MLflow keeps artifacts: a server decides itself (None); else beside an SQLite database, or in the store."""
+    uri = tracking_uri(store)
+    if uri.startswith(("http://", "https://")):
+        return None
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    if store.is_local:
+        return Path(store.base, "mlartifacts").as_uri()
+    return store.uri("mlartifacts").partition("?")[0]  # MLflow reaches object stores by its own means

@@ -270,7 +270,8 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=plan.store.uri("training"),
+            storage_path=plan.store.path("training"),
+            storage_filesystem=None if plan.store.is_local else plan.store.fs,
             failure_config=FailureConfig(max_failures=cluster.max_retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[CurveLogger(tracker, keys)],
@@ -293,7 +294,7 @@ def forget_broken_run(store: Store, folder: str) -> None:
     except FileNotFoundError:
         pass
     except ValueError:
-        store.fs.delete_dir(f"{store.base}/{folder}")
+        store.fs.delete_dir(store.path(folder))
 
 
 def parallel_trainings(cluster: ClusterConfig, available: dict[str, float]) -> int:

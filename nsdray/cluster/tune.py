@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import optuna
 import pandas as pd
 import ray
 import torch
@@ -25,7 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tqdm import tqdm
 
 from nsdray.cluster import run
-from nsdray.cluster.data import SharedArrays, TrainingArrays, share_arrays
+from nsdray.cluster.data import SharedArrays, Source, TrainingArrays, share_arrays
 from nsdray.cluster.train import validation_images
 from nsdray.config import Config
 from nsdray.generators.stage1 import decode_pictures, enlarge
@@ -83,7 +84,7 @@ def share_subject(subject: SubjectPlan) -> SubjectData:
     ids = ids[np.isin(ids, held_out)]
     seen = read_seen.remote(subject, ids[: settings.search.n_images])
     columns = [layer_name(i) for i in range(max(settings.search.n_layers))]
-    return SubjectData(subject, share_arrays(subject, columns, held_out), ids, seen)
+    return SubjectData(subject, share_arrays(Source.of(subject, "train", columns), held_out), ids, seen)
 
 
 @ray.remote(num_cpus=1)
@@ -273,6 +274,10 @@ class TrialLogger(tune.Callback):
     def __init__(self, tracker: Any, parent: str, n_trials: int):
         self.tracker, self.parent, self.progress, self.n_trials, self.best = tracker, parent, None, n_trials, FAILED
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps its callbacks in the search's folder; an actor and a bar do not outlive their process."""
+        return vars(self) | {"tracker": None, "progress": None}
+
     def setup(self, *_: Any, **__: Any) -> None:
         self.progress = tqdm(total=self.n_trials, desc="search", unit="trial")
 
@@ -319,10 +324,14 @@ def choices(config: Config) -> tuple[dict[str, Any], list[Space]]:
     return space, [first | {"n_layers": n} for n in search.n_layers[: search.n_trials]]
 
 
-def trial(space: Space, plan: Plan, data: list[SubjectData]) -> None:
-    """`run_trial` of a choice: the width becomes the network's hidden units, an even number."""
-    hidden = getattr(plan.config, space["model"]).hidden
-    run_trial(space | {"hidden": max(2, 2 * round(hidden * space["width"] / 2))}, plan, data)
+def hidden_units(config: Config, model: str, width: float) -> int:
+    """A network's hidden units at a width: an even number."""
+    return max(2, 2 * round(getattr(config, model).hidden * width / 2))
+
+
+def trial(choice: dict[str, Any], plan: Plan, data: list[SubjectData]) -> None:
+    """`run_trial` of a choice."""
+    run_trial(choice | {"hidden": hidden_units(plan.config, choice["model"], choice["width"])}, plan, data)
 
 
 def claim_folder(store: Store, folder: str, space: dict[str, Any]) -> None:
@@ -350,7 +359,7 @@ def run_search(plan: Plan, folder: str, tracker: Any) -> pd.DataFrame:
     refs = [ref for own in data for ref in (own.seen, own.arrays.fixed, *own.arrays.columns.values())]
     ray.wait(refs, num_returns=len(refs))  # before trials hold the CPUs that reading needs
     reference = ray.get([score_ridge.remote(plan, own, own.seen) for own in data])
-    table = [trial_row(result) for result in fit_trials(plan, folder, data, tracker)]
+    table = [trial_row(config, result) for result in fit_trials(plan, folder, data, tracker)]
     by_depth = pd.DataFrame([row for rows in reference for row in rows])
     for n_layers, rows in by_depth.groupby("n_layers"):
         own = {f"score_{int(row.subject)}": row.score for row in rows.itertuples()}
@@ -364,6 +373,8 @@ def fit_trials(plan: Plan, folder: str, data: list[SubjectData], tracker: Any) -
     config, search = plan.config, plan.config.search
     space, first = choices(config)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")  # trials checkpoint often
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     gpus = {"gpu": search.gpus_per_trial} if ray.cluster_resources().get("GPU", 0) else {}
     function = tune.with_parameters(trial, plan=plan, data=data)
     trainable = tune.with_resources(function, {"cpu": search.cpus_per_trial} | gpus)
@@ -386,11 +397,13 @@ def fit_trials(plan: Plan, folder: str, data: list[SubjectData], tracker: Any) -
     return tune.Tuner(trainable, param_space=space, tune_config=tune_config, run_config=run_config).fit()
 
 
-def trial_row(result: Any) -> dict[str, Any]:
+def trial_row(config: Config, result: Any) -> dict[str, Any]:
     """A trial's choice and its last figures."""
     metrics = result.metrics or {}
     row = {name: value for name, value in metrics.items() if name in COLUMNS or name.startswith("score_")}
-    return dict(result.config) | {"score": FAILED} | row | {"status": metrics.get("status", f"failed: {result.error}")}
+    hidden = hidden_units(config, result.config["model"], result.config["width"])
+    status = metrics.get("status", f"failed: {result.error}")
+    return dict(result.config) | {"hidden": hidden, "score": FAILED} | row | {"status": status}
 
 
 def prepare_search(plan: Plan) -> None:

@@ -20,7 +20,7 @@ def refine_pictures(
     stage1: np.ndarray | None,
     vision: np.ndarray | None,
     text: np.ndarray | None,
-    unconditional: tuple[torch.Tensor, torch.Tensor] | None,
+    unconditional: tuple[torch.Tensor, torch.Tensor],
     image_ids: Sequence[int],
     seed: int = 0,
     batch_size: int = 8,
@@ -31,8 +31,8 @@ def refine_pictures(
 
     stage1: uint8 (n, h, w, 3), enlarged here by PIL's bicubic filter as Brain-Diffuser does; None starts from noise.
     vision (n, n_tokens, d), text (n, n_tokens, d): tokens, one of them may be None. unconditional: as
-    `nsdray.targets.clip_tokens.unconditional_tokens`, None for guidance 1. image_ids: (n,), key all draws with seed. noise:
-    factor of N(0, 1) noise added to the enlarged picture in 0..255, which is then clipped (paper, 3.4). settings: as
+    `nsdray.targets.clip_tokens.unconditional_tokens`. image_ids: (n,), key all draws with seed. noise: factor of N(0, 1)
+    noise added to the enlarged picture in 0..255, which is then clipped (paper, 3.4). settings: as
     `VersatileDiffusion.generate`. The result does not depend on batch_size beyond rounding.
     """
     seeds, size = draws.image_seeds(seed, image_ids), diffusion.image_size
@@ -48,3 +48,18 @@ def refine_pictures(
         refined = diffusion.generate([seeds[i] for i in rows], *tokens, unconditional, start, **settings)
         pictures.append(refined[:n_valid].numpy())
     return np.concatenate(pictures)
+
+
+@torch.inference_mode()
+def round_trip(
+    diffusion: VersatileDiffusion, pictures: np.ndarray, image_ids: Sequence[int], seed: int = 0, batch_size: int = 8
+) -> np.ndarray:
+    """Pictures through the VAE and back, uint8 (n, s, s, 3): the most that stage 2 could reach.
+
+    pictures: uint8 (n, h, w, 3), brought to the model's size. image_ids: (n,), key the draws of the posterior with seed.
+    """
+    seeds, size, found = draws.image_seeds(seed, image_ids), diffusion.image_size, []
+    for rows, n_valid in padded_batches(len(seeds), batch_size):
+        images = torch.from_numpy(enlarge(pictures[rows], (size, size))).permute(0, 3, 1, 2).float() / 255
+        found.append(diffusion.decode(diffusion.encode(images, [seeds[i] for i in rows]))[:n_valid].numpy())
+    return np.concatenate(found)

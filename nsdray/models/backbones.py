@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from nsdray.models.checkpoint import load_strictly, read_weights
+from nsdray.models.checkpoint import load_strictly, read_weights, require_fit, weight_shapes
 from nsdray.models.clip import CLIP, CLIPConfig, published_checkpoint
 
 SWAV_URL = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"  # of facebookresearch/swav's hubconf.py
@@ -58,6 +58,17 @@ def load_backbone(name: str, folder: str | Path | None = None, device: str | tor
     counters = {key: torch.zeros(()) for key in network.state_dict() if key.endswith("num_batches_tracked")}
     load_strictly(network, counters | state, path, f"The right one is {backbone.file} from {backbone.source}.")
     return _trimmed(backbone, network).to(device)
+
+
+def check_backbone(name: str, folder: str | Path | None = None) -> None:
+    """What `load_backbone` would refuse, by the file's header alone."""
+    backbone = find_backbone(name)
+    path = weights_file(name, folder)
+    with torch.device("meta"):
+        network = backbone.build()
+    shapes = {key: shape for key, shape in weight_shapes(path).items() if not key.startswith(backbone.dropped)}
+    counters = {key: torch.Size() for key in network.state_dict() if key.endswith("num_batches_tracked")}
+    require_fit(network, counters | shapes, path, f"The right one is {backbone.file} from {backbone.source}.")
 
 
 def random_backbone(name: str, seed: int = 0, device: str | torch.device = "cpu") -> nn.Module:

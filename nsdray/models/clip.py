@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nsdray.models.checkpoint import load_strictly, read_weights
+from nsdray.models.checkpoint import load_strictly, read_weights, require_fit, weight_shapes
 
 PUBLISHED, PRETRAINED = "ViT-L-14-quickgelu", "openai"  # open_clip's plain ViT-L-14 has GELU, which these weights do not fit
+RIGHT_FILE = f"The published one is open_clip_model.safetensors of {PUBLISHED}, pretrained {PRETRAINED}."
 END_OF_TEXT = 49407
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's training pictures
 
@@ -142,8 +143,14 @@ def load_clip(path: str | Path, config: CLIPConfig, device: str | torch.device =
     """Load weights strictly, from a file of tensors with open_clip's parameter names. ValueError if they do not fit."""
     with torch.device("meta"):
         clip = CLIP(config)
-    hint = f"The published one is open_clip_model.safetensors of {PUBLISHED}, pretrained {PRETRAINED}."
-    load_strictly(clip.model, read_weights(path), path, hint)
+    load_strictly(clip.model, read_weights(path), path, RIGHT_FILE)
     n = config.n_text_tokens
     clip.model.attn_mask = torch.full((n, n), float("-inf")).triu_(1)  # causal; a buffer that no file holds
     return clip.to(device).eval().requires_grad_(False)
+
+
+def check_clip(path: str | Path, config: CLIPConfig) -> None:
+    """What `load_clip` would refuse, by the file's header alone."""
+    with torch.device("meta"):
+        clip = CLIP(config)
+    require_fit(clip.model, weight_shapes(path), path, RIGHT_FILE)

@@ -18,10 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from nsdray import seeds as draws
-from nsdray.models.checkpoint import load_strictly, read_weights
+from nsdray.models.checkpoint import load_strictly, read_weights, require_fit, weight_shapes
 
 LOG_SCALE_MIN = -7.0  # the reference clamps the logistic's log-scale here
 UNIFORM_MARGIN = 1e-5  # uniform draws are kept this far from 0 and 1
+
+RIGHT_FILE = (
+    "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked from the README "
+    "of github.com/openai/vdvae."
+)
 
 
 def parse_blocks(text: str) -> list[tuple[int, str, int]]:
@@ -429,9 +434,13 @@ def load_vdvae(path: str | Path, config: VDVAEConfig, device: str | torch.device
     """
     with torch.device("meta"):
         model = VDVAE(config)
-    hint = (
-        "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked from the "
-        "README of github.com/openai/vdvae."
-    )
     # channels last: convolutions take two thirds of the time on CPUs
-    return load_strictly(model, read_weights(path), path, hint).to(device, memory_format=torch.channels_last)
+    return load_strictly(model, read_weights(path), path, RIGHT_FILE).to(device, memory_format=torch.channels_last)
+
+
+def check_vdvae(path: str | Path, config: VDVAEConfig) -> None:
+    """What `load_vdvae` would refuse, by the file's header alone."""
+    with torch.device("meta"):
+        model = VDVAE(config)
+    require_fit(model, weight_shapes(path), path, RIGHT_FILE)
+

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from nsdray import seeds as draws
-from nsdray.models.checkpoint import load_strictly, read_weights, weights_file
+from nsdray.models.checkpoint import load_strictly, read_weights, require_fit, weight_shapes, weights_file
 
 SAMPLERS = {"ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}
 Sampler = Literal["ddim", "unipc", "dpm"]
@@ -227,14 +227,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def unet_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of both UNets under the dual UNet's names."""
+def unet_state(folder: Path, read: Callable[[Path], dict[str, Any]] = read_weights) -> dict[str, Any]:
+    """Weights of both UNets under the dual UNet's names; or what else read gives of their files."""
     state = {}
-    for key, value in read_weights(weights_file(folder / "image_unet")).items():
+    for key, value in read(weights_file(folder / "image_unet")).items():
         site, _, rest = key.partition(".attentions.")
         index, _, rest = rest.partition(".")
         state[f"{site}.attentions.{index}.image.{rest}" if rest else key] = value
-    for key, value in read_weights(weights_file(folder / "text_unet")).items():
+    for key, value in read(weights_file(folder / "text_unet")).items():
         site, _, rest = key.partition(".attentions.")
         index, _, rest = rest.partition(".")
         if rest:
@@ -244,10 +244,10 @@ def unet_state(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def vae_state(folder: Path) -> dict[str, torch.Tensor]:
+def vae_state(folder: Path, read: Callable[[Path], dict[str, Any]] = read_weights) -> dict[str, Any]:
     """Weights of the VAE; its attention's old names are brought up to date."""
     state = {}
-    for key, value in read_weights(weights_file(folder)).items():
+    for key, value in read(weights_file(folder)).items():
         parts = [VAE_RENAMED.get(part, part) if ".attentions." in key else part for part in key.split(".")]
         state[".".join(parts)] = value
     return state
@@ -276,3 +276,14 @@ def load_versatile_diffusion(
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     model = VersatileDiffusion(unet, load_vae(folder / "vae"), scheduler)
     return model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def check_versatile_diffusion(folder: str | Path) -> None:
+    """What `load_versatile_diffusion` would refuse, by the files' headers alone."""
+    folder = Path(folder)
+    read_json(folder / "scheduler" / "scheduler_config.json")
+    with torch.device("meta"):
+        unet = build_unet(read_json(folder / "image_unet" / "config.json"))
+        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+    require_fit(unet, unet_state(folder, weight_shapes), folder / "{image,text}_unet", RIGHT_FILES)
+    require_fit(vae, vae_state(folder / "vae", weight_shapes), folder / "vae", RIGHT_FILES)

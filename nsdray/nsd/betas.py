@@ -21,6 +21,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 
+from nsdray.nsd.hdf5 import own_dataset
 from nsdray.nsd.nifti import DAMAGE, volumes
 from nsdray.nsd.rois import Voxels
 
@@ -39,6 +40,23 @@ def session_shape(path: Path | str) -> tuple[int, tuple[int, int, int]]:
             return n_trials, tuple(zyx[::-1])
     *xyz, n_trials = _nifti_header(path).shape
     return n_trials, tuple(xyz)
+
+
+def check_session(path: Path | str) -> None:
+    """ValueError if a session was cut short, without reading it: HDF5 and gzip files tell how long they should be."""
+    path = Path(path)
+    n_trials, shape = session_shape(path)
+    if _is_hdf5(path):
+        return  # its library has compared the length
+    n_bytes = _nifti_header(path).offset + 2 * n_trials * int(np.prod(shape))
+    found = path.stat().st_size
+    if path.name.endswith(".gz"):
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            found = int.from_bytes(file.read(4), "little")  # length of what was compressed, modulo 2^32
+        n_bytes %= 2**32
+    if found != n_bytes:
+        raise ValueError(f"{path} is damaged or cut short (it should hold {n_bytes} bytes, not {found}); download it again")
 
 
 def read_session(path: Path | str, voxels: Voxels) -> np.ndarray:
@@ -125,9 +143,7 @@ def _open_hdf5(path: Path) -> h5py.File:
 
 def _dataset(file: h5py.File, path: Path) -> h5py.Dataset:
     """The checked dataset, int16 (n_trials, Z, Y, X): MATLAB's (X, Y, Z, n_trials) seen from C."""
-    if "betas" not in file:
-        raise ValueError(f"{path} has no dataset 'betas', only {sorted(file)}; it is not one of NSD's sessions")
-    dataset = file["betas"]
+    dataset = own_dataset(file, "betas", path, "one of NSD's sessions")
     if dataset.ndim != 4:
         raise ValueError(f"betas in {path} have shape {dataset.shape}; expected (n_trials, Z, Y, X)")
     if dataset.dtype.kind != "i" or dataset.dtype.itemsize != 2:

@@ -90,6 +90,11 @@ class NSDLayout:
         check_subject(subject)
         return self.root / f"nsddata/ppdata/subj{subject:02d}/behav/responses.tsv"
 
+    def timeseries_path(self, subject: int) -> Path:
+        """Folder that holds the subject's BOLD runs, in timeseries, and what was shown in them, in design."""
+        check_subject(subject)
+        return self.root / f"nsddata_timeseries/ppdata/subj{subject:02d}" / self.resolution
+
     def roi_folder(self, subject: int) -> Path:
         """Folder of the subject's ROI volumes."""
         check_subject(subject)

@@ -60,6 +60,27 @@ def load_voxels(layout: NSDLayout, subject: int, rois: Sequence[str] = ("nsdgene
     return Voxels(chosen.astype(np.int64), volumes.shape, ["+".join(n) for n in names], ncsnr)
 
 
+def voxel_groups(voxels: Voxels, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Positions (k,) in voxels.index of the voxels of each named group, and of all others as "rest" (unless there are none).
+
+    names: labels ("V1v", "PPA"), unions ("V1") or atlases ("floc-faces"). A voxel belongs to the first group that has it.
+    ValueError for an unknown name or a group without voxels.
+    """
+    labels = [set(name.split("+")) for name in voxels.roi_names]
+    free, groups = np.ones(len(labels), bool), {}
+    for name in names:
+        members = {name} if name in LABELS else set(UNIONS.get(name, ATLASES.get(name, ())))
+        if not members:
+            raise ValueError(f"no voxel group {name!r}; choose from {', '.join([*UNIONS, *ATLASES, *LABELS])}")
+        own = free & np.array([bool(members & label) for label in labels])
+        if not own.any():
+            raise ValueError(
+                f"voxel group {name!r} holds none of the {len(labels)} voxels, or those of earlier groups only; leave it out"
+            )
+        groups[name], free = np.flatnonzero(own), free & ~own
+    return groups | ({"rest": np.flatnonzero(free)} if free.any() else {})
+
+
 class _Volumes:
     """Reads one subject's volumes, which must all have the shape of the first one."""
 

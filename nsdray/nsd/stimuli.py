@@ -8,6 +8,8 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from nsdray.nsd.hdf5 import own_dataset
+
 
 def resize(pictures: np.ndarray, size: int) -> np.ndarray:
     """Resize uint8 pictures (n, h, w, 3) to (n, size, size, 3) by PIL's bilinear filter, antialiased.
@@ -42,9 +44,7 @@ class Stimuli:
             raise
 
     def _checked_brick(self) -> h5py.Dataset:
-        if "imgBrick" not in self._file:
-            raise ValueError(f"{self.path} has no imgBrick, only {sorted(self._file)}; it is not NSD's stimulus file")
-        brick = self._file["imgBrick"]
+        brick = own_dataset(self._file, "imgBrick", self.path, "NSD's stimulus file")
         if brick.dtype != np.uint8 or brick.ndim != 4 or brick.shape[-1] != 3:
             raise ValueError(f"imgBrick in {self.path} is {brick.dtype} {brick.shape}; expected uint8 (n, h, w, 3)")
         return brick

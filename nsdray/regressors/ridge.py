@@ -5,147 +5,270 @@ form is W = X' (X X' + alpha I)^-1 Y: one n_samples x n_samples factorisation se
 leave-one-out predictions are fixed matrices times the targets (`smoother`, `leave_one_out_smoother`), so targets may be
 worked through in blocks, anywhere, and the n_voxels x n_targets weights need never exist.
 
-Everything keeps the precision of the betas (float32 or float64). float32 is enough while alpha is not below some 1e-5
-of the largest eigenvalue of X X', which no sensible alpha for fMRI is.
+Voxels may have factors on their penalty (`penalties`; `nsdray.regressors.banded`): a penalty of alpha k_v on voxel v is that of
+alpha on the voxel divided by sqrt(k_v), so X below is (betas - mean) / sqrt(penalties).
+
+float32 is enough while alpha is not below some 1e-5 of the largest eigenvalue of X X', which no sensible alpha for fMRI is.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg
+
+from nsdray.regressors.linalg import (
+    Array,
+    Eigen,
+    Inverse,
+    add_gram,
+    cholesky,
+    eigen,
+    empty,
+    to_device,
+    to_numpy,
+)
+from nsdray.regressors.target_blocks import centre_targets, refuse_not_finite
+
+N_VOXELS_CHUNK = 2048
+"""Voxels that are centred at a time, so that no second copy of the betas exists."""
 
 
 def ridge_predict(
-    betas_train: np.ndarray, targets_train: np.ndarray, betas_test: np.ndarray, alpha: float
+    betas_train: np.ndarray, targets_train: np.ndarray, betas_test: np.ndarray, alpha: float, device: str | None = None
 ) -> np.ndarray:
     """Fit on the training samples, predict the test samples: (n_test, n_targets).
 
     betas: (n_samples, n_voxels), z-scored with the training samples' moments. targets: (n_samples, n_targets), any
-    unit. alpha: penalty, > 0, on the scale of scikit-learn's ``Ridge``.
+    unit. alpha: penalty, > 0, on the scale of scikit-learn's ``Ridge``. device: as `ridge_kernel`.
     """
-    factor = factorise(betas_train, alpha)
-    centred, mean = factor.centre(targets_train)
-    return factor.smoother(betas_test) @ centred + mean
+    factor = factorise(betas_train, alpha, device=device)
+    centred, mean = factor.kernel.centre(targets_train)
+    return to_numpy(factor.smoother(betas_test) @ centred) + mean
 
 
-def factorise(betas: np.ndarray, alpha: float) -> RidgeFactor:
-    """Do the work that all targets share: n_samples^2 n_voxels + n_samples^3 / 3 multiplications.
+def factorise(
+    betas: np.ndarray, alpha: float, penalties: np.ndarray | None = None, device: str | None = None
+) -> RidgeFactor:
+    """Do the work that all targets share, for one alpha: n_samples^2 n_voxels / 2 + n_samples^3 / 6 multiplications.
 
-    betas: (n_samples, n_voxels) float32 or float64. alpha: penalty, > 0.
+    Arguments as `ridge_kernel`. alpha: penalty, > 0. For several alphas call `RidgeKernel.factorise` for each.
+    """
+    check_alpha(alpha)
+    return ridge_kernel(betas, penalties, device=device).factorise(alpha, overwrite=True)
+
+
+def ridge_kernel(
+    betas: np.ndarray, penalties: np.ndarray | None = None, dtype: type | None = None, device: str | None = None
+) -> RidgeKernel:
+    """The matrix X X' that serves every target and every alpha.
+
+    betas: (n_samples, n_voxels) float32 or float64; kept, not copied. penalties: (n_voxels,) factors on alpha, > 0 (infinity
+    leaves a voxel out); None means 1. dtype: float32 or float64 of all that follows; None means the betas'. device: None
+    computes on the CPU by NumPy and SciPy, a torch device such as "cuda" there; betas go to it by chunks of voxels.
     """
     betas = np.asarray(betas)
     if betas.ndim != 2 or len(betas) < 2 or betas.dtype not in (np.float32, np.float64):
         raise ValueError(
             f"betas are {betas.dtype} of shape {betas.shape}, expected float32 or float64 (n_samples >= 2, n_voxels)"
         )
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"ridge: alpha is {alpha}, must be finite and above 0 (the paper uses 50000)")
-    mean = _finite_mean(betas, "betas")
-    centred = betas - mean
-    kernel = centred @ centred.T
-    shift = float(np.trace(kernel)) / len(kernel)
-    kernel += kernel.dtype.type(shift / len(kernel))  # see RidgeFactor
-    kernel[np.diag_indices_from(kernel)] += alpha
-    try:
-        cholesky = linalg.cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
-    except linalg.LinAlgError as error:
-        raise ValueError(
-            f"ridge: alpha {alpha:g} is lost in the rounding of {betas.dtype} betas (mean squared norm {shift:g}); "
+    mean, scale = _finite_mean(betas, "betas"), None
+    if penalties is not None:
+        penalties = np.asarray(penalties, np.float64)
+        if penalties.shape != mean.shape or not (penalties > 0).all():
+            raise ValueError(f"ridge: penalties have shape {penalties.shape}, expected {mean.shape} values above 0")
+        scale = 1 / np.sqrt(penalties)
+    n, dtype = len(betas), np.dtype(dtype or betas.dtype)
+    gram = empty((n, n), dtype, device, "F")
+    gram[:] = 0
+    kernel = RidgeKernel(betas, mean, scale, gram, 0.0, device)
+    for _, chunk in kernel.chunks(betas):
+        add_gram(gram, chunk)
+    shift = float(to_numpy(gram.diagonal()).mean(dtype=np.float64))
+    gram += shift / n
+    return RidgeKernel(betas, mean, scale, gram, shift, device)
+
+
+@dataclass(frozen=True)
+class RidgeKernel:
+    """What a ridge regression needs of its betas, before it has seen an alpha or a target.
+
+    gram_ is X X' + shift 11'/n. Centred targets do not see the last term (X'1 = 0), but without it the eigenvalue of
+    X X' + alpha I along 1 would be alpha alone, and the 1/n of the intercept would drown in rounding when alpha is small.
+    """
+
+    betas: np.ndarray
+    """As given, (n_samples, n_voxels)."""
+    mean_: np.ndarray
+    """Mean of the betas, (n_voxels,) float64."""
+    scale: np.ndarray | None
+    """1 / sqrt(penalties), (n_voxels,) float64; None where all penalties are 1."""
+    gram_: Array
+    """(n_samples, n_samples); the lower triangle counts."""
+    shift_: float
+    """Mean diagonal element of X X'."""
+    device: str | None
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.gram_)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Precision of the kernel and of all that is computed with it."""
+        return np.dtype(str(self.gram_.dtype).removeprefix("torch."))
+
+    def chunks(self, betas: np.ndarray, voxels: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Array]]:
+        """X's columns of any betas (n, n_voxels), some voxels at a time: their indices (k,), and (n, k) on the device. voxels:
+        indices; None means all."""
+        voxels = np.arange(betas.shape[1]) if voxels is None else voxels
+        for start in range(0, len(voxels), N_VOXELS_CHUNK):
+            own = voxels[start : start + N_VOXELS_CHUNK]
+            columns = slice(own[0], own[-1] + 1) if own[-1] - own[0] + 1 == len(own) else own
+            x = betas[:, columns].astype(self.dtype)
+            x -= self.mean_[own].astype(self.dtype)
+            if self.scale is not None:
+                x *= self.scale[own].astype(self.dtype)
+            yield own, to_device(x, self.device)
+
+    def centre(self, targets: np.ndarray) -> tuple[Array, np.ndarray]:
+        """Targets (n_samples, n_targets) of any precision less their mean, on the device, and the mean (n_targets,)."""
+        block = centre_targets(targets, self.dtype, self.device, self.n_samples)
+        return block.centred, block.mean.astype(self.dtype)
+
+    def against(self, betas_test: np.ndarray, voxels: np.ndarray | None = None) -> Array:
+        """X_test X' (n_test, n_samples), of all voxels or of those with some indices."""
+        betas_test = np.asarray(betas_test)
+        if betas_test.ndim != 2 or betas_test.shape[1] != len(self.mean_):
+            raise ValueError(
+                f"test betas have shape {betas_test.shape}, expected (n_test, {len(self.mean_)}): "
+                "the voxels that the regression was fitted on"
+            )
+        _finite_mean(betas_test.T, "test betas (by sample)")
+        out = empty((len(betas_test), self.n_samples), self.dtype, self.device)
+        out[:] = 0
+        for (_, test), (_, train) in zip(self.chunks(betas_test, voxels), self.chunks(self.betas, voxels)):
+            out += test @ train.T
+        return out
+
+    def factorise(self, alpha: float, overwrite: bool = False) -> RidgeFactor:
+        """For one alpha: n_samples^3 / 6 multiplications. overwrite: use the kernel's memory; it is spoilt then."""
+        check_alpha(alpha)
+        try:
+            return RidgeFactor(self, cholesky(to_device(self.gram_, self.device), alpha, overwrite))
+        except np.linalg.LinAlgError as error:
+            raise ValueError(self._lost(alpha)) from error
+
+    def decompose(self) -> Eigen:
+        """For any number of alphas (`at`): some 30 times the work of one `factorise`."""
+        return eigen(to_device(self.gram_, self.device))
+
+    def at(self, alpha: float, decomposed: Eigen) -> RidgeFactor:
+        """The factor for an alpha from the eigendecomposition."""
+        check_alpha(alpha)
+        if alpha < 10 * np.finfo(self.dtype).eps * float(decomposed.values[-1]):
+            raise ValueError(self._lost(alpha))
+        return RidgeFactor(self, decomposed.at(alpha))
+
+    def _lost(self, alpha: float) -> str:
+        return (
+            f"ridge: alpha {alpha:g} is lost in the rounding of {self.dtype} betas (mean squared norm {self.shift_:g}); "
             "give float64 betas or a larger alpha"
-        ) from error
-    return RidgeFactor(alpha, mean, centred, cholesky, shift)
+        )
 
 
 @dataclass(frozen=True)
 class RidgeFactor:
-    """A ridge regression factorised for one set of betas and one alpha, before it has seen any target.
+    """A ridge regression for one set of betas and one alpha, before it has seen any target.
 
-    The kernel's Cholesky factor is that of G = X X' + alpha I + shift 11'/n. Centred targets do not see the last term
-    (X'1 = 0), but without it G's eigenvalue along 1 would be alpha alone, and the 1/n of the intercept would drown in
-    rounding when alpha is small.
+    G below is X X' + alpha I + shift 11'/n. Results are on the kernel's device.
     """
 
-    alpha: float
-    mean_: np.ndarray
-    """Mean of the betas, (n_voxels,)."""
-    centred_: np.ndarray
-    """Betas less their mean, X, (n_samples, n_voxels)."""
-    cholesky_: np.ndarray
-    """Lower Cholesky factor of G, (n_samples, n_samples)."""
-    shift_: float
-    """Mean diagonal element of X X'."""
+    kernel: RidgeKernel
+    inverse: Inverse
+    """G^-1."""
 
-    def centre(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Targets (n_samples, n_targets) less their mean, in the betas' precision, and the mean (n_targets,)."""
-        targets = np.asarray(targets)
-        if targets.ndim != 2 or len(targets) != len(self.centred_):
-            raise ValueError(
-                f"targets have shape {targets.shape}, expected ({len(self.centred_)}, n_targets): one row per sample"
-            )
-        targets = targets.astype(self.centred_.dtype, copy=False)
-        mean = _finite_mean(targets, "targets")
-        return targets - mean, mean
+    @property
+    def alpha(self) -> float:
+        return self.inverse.alpha
 
-    def dual(self, targets: np.ndarray) -> np.ndarray:
+    def centre(self, targets: np.ndarray) -> tuple[Array, np.ndarray]:
+        """As `RidgeKernel.centre`."""
+        return self.kernel.centre(targets)
+
+    def dual(self, targets: np.ndarray) -> Array:
         """Dual coefficients (n_samples, n_targets) of the centred targets: G^-1 Y."""
-        return self._solve(self.centre(targets)[0])
+        return self.inverse.solve(self.kernel.centre(targets)[0])
 
     def weights(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights (n_voxels, n_targets) and intercept (n_targets,): predictions are betas @ weights + intercept."""
-        centred, mean = self.centre(targets)
-        weights = self.centred_.T @ self._solve(centred)
-        return weights, mean - self.mean_ @ weights
+        centred, mean = self.kernel.centre(targets)
+        return primal(self.kernel, to_numpy(self.inverse.solve(centred)), mean)
 
-    def smoother(self, betas_test: np.ndarray) -> np.ndarray:
-        """Matrix S (n_test, n_samples): predictions are S @ (targets - mean) + mean, with `centre`'s mean."""
-        betas_test = np.asarray(betas_test, self.centred_.dtype)
-        if betas_test.ndim != 2 or betas_test.shape[1] != self.centred_.shape[1]:
-            raise ValueError(
-                f"test betas have shape {betas_test.shape}, expected (n_test, {self.centred_.shape[1]}): "
-                "the voxels that the regression was fitted on"
-            )
-        _finite_mean(betas_test.T, "test betas (by sample)")
-        return self._solve(self.centred_ @ (betas_test - self.mean_).T).T
+    def smoother(self, betas_test: np.ndarray, voxels: np.ndarray | None = None) -> Array:
+        """Matrix S (n_test, n_samples): predictions are S @ (targets - mean) + mean, with `centre`'s mean.
 
-    def leave_one_out_smoother(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        voxels: indices; the part of S that comes from these. The parts of disjoint sets of voxels add up to S.
+        """
+        return self.inverse.solve(self.kernel.against(betas_test, voxels).T).T
+
+    def leave_one_out_smoother(self, rows: Sequence[int] | None = None) -> Array:
         """Matrix L (len(rows), n_samples): leave-one-out predictions are L @ (targets - mean) + mean.
 
         The residual of sample i under a model fitted to the others is (y_i - yhat_i) / (1 - h_ii), where the hat matrix
         has the intercept's 1/n in it (Hastie, Tibshirani, Friedman, Elements of Statistical Learning, eq. 7.64). In
         dual terms that is (G^-1 Y)_i / d_i with d_i = (G^-1)_ii - 1 / (n (alpha + shift)). rows: None means all.
         """
-        n = len(self.centred_)
-        rows = np.arange(n) if rows is None else np.asarray(rows, int)
-        if rows.size and (rows.min() < 0 or rows.max() >= n):
-            raise ValueError(f"rows range over {rows.min()}..{rows.max()}; there are samples 0..{n - 1}")
-        columns = np.zeros((n, len(rows)), self.centred_.dtype)
-        columns[rows, np.arange(len(rows))] = 1
-        inverse = self._solve(columns).T  # rows of G^-1
-        d = inverse[np.arange(len(rows)), rows] - 1 / (n * (self.alpha + self.shift_))
-        return columns.T - inverse / d[:, None]
+        n = self.kernel.n_samples
+        rows = check_rows(rows, n)
+        if not len(rows):
+            return empty((0, n), self.kernel.dtype, self.kernel.device)
+        each = np.arange(len(rows))
+        unit = np.zeros((n, len(rows)), self.kernel.dtype, "F")
+        unit[rows, each] = 1
+        smoother = self.inverse.solve(to_device(unit, self.kernel.device)).T  # rows of G^-1
+        d = smoother[each, rows] - 1 / (n * (self.alpha + self.kernel.shift_))
+        smoother = smoother / -d[:, None]
+        smoother[each, rows] += 1
+        return smoother
 
     def leave_one_out(self, targets: np.ndarray, rows: Sequence[int] | None = None) -> np.ndarray:
         """Prediction of each of the rows by the model fitted to all other samples, (len(rows), n_targets), exactly.
 
         For many blocks of targets, compute `leave_one_out_smoother` once and multiply.
         """
-        centred, mean = self.centre(targets)
-        return self.leave_one_out_smoother(rows) @ centred + mean
+        centred, mean = self.kernel.centre(targets)
+        return to_numpy(self.leave_one_out_smoother(rows) @ centred) + mean
 
-    def _solve(self, right: np.ndarray) -> np.ndarray:
-        return linalg.cho_solve((self.cholesky_, True), right, check_finite=False)
+
+def primal(kernel: RidgeKernel, dual: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (n_voxels, n_targets) and intercept (n_targets,) from dual coefficients (n_samples, n_targets), which may be of
+    different alphas, and the targets' mean."""
+    weights = np.empty((len(kernel.mean_), dual.shape[1]), kernel.dtype)
+    coefficients = to_device(dual, kernel.device)
+    for own, x in kernel.chunks(kernel.betas):
+        weights[own] = to_numpy(x.T @ coefficients)
+    if kernel.scale is not None:
+        weights *= kernel.scale[:, None].astype(kernel.dtype)
+    return weights, (mean - kernel.mean_ @ weights).astype(kernel.dtype)
+
+
+def check_alpha(alpha: float) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"ridge: alpha is {alpha}, must be finite and above 0 (the paper uses 50000)")
+
+
+def check_rows(rows: Sequence[int] | None, n: int) -> np.ndarray:
+    """Rows as an index array; None means all n."""
+    rows = np.arange(n) if rows is None else np.asarray(rows, int)
+    if rows.size and (rows.min() < 0 or rows.max() >= n):
+        raise ValueError(f"rows range over {rows.min()}..{rows.max()}; there are samples 0..{n - 1}")
+    return rows
 
 
 def _finite_mean(x: np.ndarray, name: str) -> np.ndarray:
-    """Mean over the rows, accumulated in float64; a NaN or infinity anywhere shows in it."""
+    """Mean over the rows in float64; a NaN or infinity anywhere shows in it."""
     mean = x.mean(0, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(mean))
-    if len(bad):
-        raise ValueError(
-            f"ridge: {name} hold NaN or infinity in {len(bad)} of {len(mean)} columns (first: {bad[0]}); "
-            "mask those voxels or samples before"
-        )
-    return mean.astype(x.dtype)
+    refuse_not_finite(mean, name)
+    return mean

@@ -39,8 +39,8 @@ def test_pictures_made_elsewhere_score_as_the_run_does(finished, tmp_path, way):
     plan = referee(finished, images=f"{tmp_path}/subj{{subject:02d}}{suffix}")
     assert plan.subjects[0].foreign.order == way
     results.judge(plan)
-    for subject in plan.subjects:
-        theirs, ours = scores.mean_scores(subject, IMAGES), scores.mean_scores(subject, "ridge")
+    for subject, own in zip(plan.subjects, finished.subjects):
+        theirs, ours = scores.mean_scores(subject, IMAGES), scores.mean_scores(own, "ridge")
         assert {name.split("/", 1)[1] for name in theirs} >= {"mini/pixcorr/matched", "mini/clip/chance"}
         for name, value in theirs.items():
             assert value == ours[name.replace("images/", "stage2/", 1)]

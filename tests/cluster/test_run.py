@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from nsdray.cluster import report, results, run, scores
 from nsdray.cluster.actors import fitting_batch_size, pool_size, vdvae_bytes
-from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets
+from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets, steps_per_epoch
 from nsdray.cluster.tracking import tracking_uri
 from nsdray.cluster.train import parallel_trainings, validation_images
 from nsdray.config import ClusterConfig, DataConfig, StoreConfig
@@ -232,7 +232,7 @@ def test_nothing_fitted_sees_the_test_set(finished, tmp_path):
 def stream(plan, **settings):
     subject = plan.subjects[0]
     source = Source.of(subject, "train", [layer_name(0), layer_name(2)])
-    return TrainingStream(source, validation_images(subject, 0.1), batch_size=16, n_epochs=3, seed=0, **settings)
+    return TrainingStream(source, validation_images(subject, 0.1), n_steps=5, n_epochs=3, seed=0, **settings)
 
 
 def test_stream_gives_every_row_once_the_same_way_each_time(finished):
@@ -251,23 +251,50 @@ def test_stream_gives_every_row_once_the_same_way_each_time(finished):
     later = stream(finished)
     resumed = [row_of[x.tobytes()] for b, _, _ in later(2) for x in b.numpy()]
     assert resumed == epochs[0][2]  # a resumed run sees the same epoch
-    for b, t, n in stream(finished)(0):
+    batches = list(stream(finished)(0))
+    assert [len(b) for b, _, _ in batches] == [18, 17, 17, 17, 17]
+    for b, t, n in batches:
         rows = [row_of[x.tobytes()] for x in b.numpy()]
         np.testing.assert_array_equal(t.numpy(), targets[rows].astype(np.float32))
         assert n == len(b)
 
 
-def test_two_workers_share_a_stream(finished):
-    workers = [list(stream(finished, rank=rank, world_size=2)(0)) for rank in range(2)]
-    assert len(workers[0]) == len(workers[1])
-    rows = [x.tobytes() for worker in workers for b, _, _ in worker for x in b.numpy()]
-    assert len(rows) == len(set(rows)) == 86
-    for (a, _, n), (b, _, m) in zip(*workers):
-        assert n == m == len(a) + len(b)
+def test_workers_share_the_steps_of_one(finished):
+    alone = list(stream(finished)(1))
+    for world_size in (2, 3):
+        workers = [list(stream(finished, rank=rank, world_size=world_size)(1)) for rank in range(world_size)]
+        for (betas, targets, n), *shares in zip(alone, *workers, strict=True):
+            rows = {b.numpy().tobytes(): t for own in shares for b, t in zip(own[0], own[1])}
+            assert sum(len(own[0]) for own in shares) == len(rows) == n and all(own[2] == n for own in shares)
+            assert max(len(own[0]) for own in shares) - min(len(own[0]) for own in shares) <= 1
+            assert all(torch.equal(rows[b.numpy().tobytes()], t) for b, t in zip(betas, targets))
+
+
+def test_stream_of_single_trials(finished):
+    subject = finished.subjects[0]
+    image_ids, _ = read_samples(subject, "train")
+    parts = [finished.samples.read(subject.samples("train"), p.name, ["repeats"]) for p in subject.parts("train")]
+    repeats = np.concatenate([view_column(part, "repeats") for part in parts]).astype(np.float32) / np.float32(SCALE)
+    image_of = {row.tobytes(): (i, r) for i, image in enumerate(repeats) for r, row in enumerate(image)}
+    epochs = [[image_of[x.tobytes()] for b, _, _ in stream(finished, sampling="trial")(e) for x in b.numpy()] for e in (0, 1)]
+    means = [[x.tobytes() for b, _, _ in stream(finished)(e) for x in b.numpy()] for e in (0, 1)]
+    row_of = {row.tobytes(): i for i, row in enumerate(read_samples(subject, "train")[1])}
+    assert [[image for image, _ in epoch] for epoch in epochs] == [[row_of[x] for x in epoch] for epoch in means]
+    assert dict(epochs[0]) != dict(epochs[1]) and {r for _, r in epochs[0]} == {0, 1, 2}
+
+
+def test_steps_per_epoch():
+    assert steps_per_epoch([8859], 128, 1) == steps_per_epoch([8859], 128, 8) == 69
+    assert steps_per_epoch([540, 540], 32, 1) == 34
+    assert steps_per_epoch([86], 1, 1) == 43 and steps_per_epoch([86], 16, 4) == 5 and steps_per_epoch([9], 2, 4) == 1
+    with pytest.raises(ValueError, match="7 training images are too few for 4 training workers"):
+        steps_per_epoch([86, 7], 16, 4)
 
 
 def test_gru_trains_on_two_workers(finished, tmp_path):
+    """With batch statistics and dropout, on single trials, the whole way."""
     config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("gru",), cluster=ClusterConfig(n_train_workers=2),
+                     gru=replace(finished.config.gru, sampling="trial"),
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)
     results.train_all_subjects(plan)

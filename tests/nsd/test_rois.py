@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nsdray.nsd.rois import load_voxels
+from nsdray.nsd.rois import Voxels, load_voxels, voxel_groups
 
 
 def _volume(layout, name: str) -> np.ndarray:
@@ -71,3 +71,16 @@ def test_bad_rois(mini_copy):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="nsdgeneral.nii.gz cannot be read as NIfTI"):
         load_voxels(mini_copy, 1)
+
+
+def test_voxel_groups():
+    names = ["V1v", "", "V1d+OFA", "FFA-1", "hV4", "OFA", "PPA+FFA-1"]
+    voxels = Voxels(np.arange(7), (7, 1, 1), names, None)
+    groups = voxel_groups(voxels, ["V1", "floc-faces", "hV4"])
+    found = {name: own.tolist() for name, own in groups.items()}
+    assert found == {"V1": [0, 2], "floc-faces": [3, 5, 6], "hV4": [4], "rest": [1]}
+    assert list(voxel_groups(Voxels(np.arange(1), (7, 1, 1), ["V1v"], None), ["V1v"])) == ["V1v"]  # nothing is left
+    with pytest.raises(ValueError, match="no voxel group 'V9'; choose from V1, .*floc-faces.*PPA"):
+        voxel_groups(voxels, ["V9"])
+    with pytest.raises(ValueError, match="'V1v' holds none of the 7 voxels, or those of earlier groups only"):
+        voxel_groups(voxels, ["V1", "V1v"])

@@ -39,7 +39,7 @@ def test_bad_files(tmp_path):
         Stimuli(path)
     with h5py.File(path, "w") as file:
         file["pictures"] = 0
-    with pytest.raises(ValueError, match=r"has no imgBrick, only \['pictures'\]"):
+    with pytest.raises(ValueError, match=r"has no dataset 'imgBrick', only \['pictures'\]"):
         Stimuli(path)
     with h5py.File(path, "w") as file:
         file["imgBrick"] = np.zeros((2, 4, 4, 3))

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from nsdray.regressors.ridge import factorise, ridge_predict
+from nsdray.regressors.linalg import to_numpy
+from nsdray.regressors.ridge import factorise, ridge_kernel, ridge_predict
+from nsdray.regressors.target_blocks import centre_targets
 
 
 def make_data(n: int, p: int, kind: str = "plain", n_targets: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -26,23 +28,25 @@ def assert_close(ours: np.ndarray, reference: np.ndarray, tolerance: float = 1e-
     assert difference <= tolerance * scale, f"max difference {difference:.3g} at scale {scale:.3g}"
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])  # NumPy, and torch as on a GPU
 @pytest.mark.parametrize("alpha", [1e-6, 3.0, 5e4, 1e12])
 @pytest.mark.parametrize("kind", ["plain", "constant", "collinear"])
 @pytest.mark.parametrize("n, p", [(20, 50), (30, 30), (60, 12)])
-def test_agrees_with_scikit_learn(n, p, kind, alpha):
+def test_agrees_with_scikit_learn(n, p, kind, alpha, device):
     betas, targets, betas_test = make_data(n, p, kind)
     reference = Ridge(alpha=alpha, solver="svd").fit(betas, targets)
-    assert_close(ridge_predict(betas, targets, betas_test, alpha), reference.predict(betas_test))
-    weights, intercept = factorise(betas, alpha).weights(targets)
+    assert_close(ridge_predict(betas, targets, betas_test, alpha, device), reference.predict(betas_test))
+    weights, intercept = factorise(betas, alpha, device=device).weights(targets)
     assert_close(betas_test @ weights + intercept, reference.predict(betas_test))
     if alpha > 1e-3:  # below, collinear voxels leave the weights themselves ill-determined
         assert_close(weights, reference.coef_.T, 1e-5)
         assert_close(intercept, reference.intercept_)
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("alpha", [1e-6, 3.0, 1e9])
 @pytest.mark.parametrize("n, p", [(15, 40), (20, 20), (40, 6)])
-def test_leave_one_out_is_leaving_one_out(n, p, alpha):
+def test_leave_one_out_is_leaving_one_out(n, p, alpha, device):
     betas, targets, _ = make_data(n, p, "constant")
     explicit = np.concatenate(
         [
@@ -50,7 +54,7 @@ def test_leave_one_out_is_leaving_one_out(n, p, alpha):
             for i in range(n)
         ]
     )
-    factor = factorise(betas, alpha)
+    factor = factorise(betas, alpha, device=device)
     assert_close(factor.leave_one_out(targets), explicit)
     rows = [n - 1, 2, 5]
     assert_close(factor.leave_one_out(targets, rows), explicit[rows])
@@ -64,6 +68,34 @@ def test_float32_stays_float32_and_agrees():
     assert_close(ours, ridge_predict(betas, half, betas_test, 100.0), 1e-5)
     left_out = factorise(betas.astype(np.float32), 100.0).leave_one_out(half)
     assert_close(left_out, factorise(betas, 100.0).leave_one_out(half), 1e-5)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("n, p", [(20, 50), (30, 30), (60, 12)])
+def test_one_kernel_and_one_eigendecomposition_serve_every_alpha(n, p, device):
+    betas, targets, betas_test = make_data(n, p, "collinear")
+    kernel = ridge_kernel(betas, device=device)
+    decomposed = kernel.decompose()
+    for alpha in (1e-3, 3.0, 1e9):
+        reference = Ridge(alpha=alpha, solver="svd").fit(betas, targets)
+        left_out = factorise(betas, alpha).leave_one_out(targets, [3, 1])
+        for factor in (kernel.factorise(alpha), kernel.at(alpha, decomposed)):
+            centred, mean = factor.centre(targets)
+            assert_close(to_numpy(factor.smoother(betas_test) @ centred) + mean, reference.predict(betas_test))
+            assert_close(factor.leave_one_out(targets, [3, 1]), left_out)
+
+
+def test_voxels_by_chunks_and_another_precision(monkeypatch):
+    betas, targets, betas_test = make_data(30, 50)
+    one = ridge_predict(betas, targets, betas_test, 10.0)
+    monkeypatch.setattr("nsdray.regressors.ridge.N_VOXELS_CHUNK", 7)
+    assert_close(ridge_predict(betas, targets, betas_test, 10.0), one, 1e-12)
+    kernel = ridge_kernel(betas.astype(np.float32), dtype=np.float64)  # float64 from betas that are kept in float32
+    centred, mean = kernel.centre(targets)
+    double = kernel.factorise(10.0).smoother(betas_test.astype(np.float32)) @ centred + mean
+    assert kernel.betas.dtype == np.float32 and double.dtype == np.float64
+    exact = ridge_predict(betas.astype(np.float32).astype(float), targets, betas_test.astype(np.float32).astype(float), 10.0)
+    assert_close(double, exact, 1e-12)
 
 
 def test_blocks_of_targets_give_the_same():
@@ -120,7 +152,34 @@ def test_refuses_bad_arrays():
         factor.leave_one_out(targets, [2, 10])
 
 
-def test_alpha_lost_in_rounding_is_an_error():
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_alpha_lost_in_rounding_is_an_error(device):
     betas = np.repeat(np.random.default_rng(0).standard_normal((40, 3)), 2, 1).astype(np.float32) * 1e3
     with pytest.raises(ValueError, match="lost in the rounding of float32"):
-        factorise(betas, 1e-6)
+        factorise(betas, 1e-6, device=device)
+    kernel = ridge_kernel(betas, device=device)
+    with pytest.raises(ValueError, match="lost in the rounding of float32"):
+        kernel.at(1e-6, kernel.decompose())
+
+
+def test_penalties_must_fit_the_voxels():
+    with pytest.raises(ValueError, match=r"penalties have shape \(3,\), expected \(4,\)"):
+        ridge_kernel(np.eye(4), np.ones(3))
+    with pytest.raises(ValueError, match="values above 0"):
+        ridge_kernel(np.eye(4), np.array([1.0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-6), (np.float64, 1e-12)])
+def test_targets_are_centred(dtype, tolerance, device):
+    noise = np.random.default_rng(0).standard_normal((1100, 5))
+    targets = (noise * [1, 1, 0, 3, 0.1] + [0, 90, 7.3, -5, 1000]).astype(np.float16)
+    exact = targets.astype(float)
+    for given in (targets, targets[:, ::-1][:, ::-1], exact, targets.copy(order="F")):
+        block = centre_targets(given, dtype, device)
+        np.testing.assert_allclose(block.mean, exact.mean(0), rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(block.std, exact.std(0, ddof=1), rtol=1e-5)
+        assert block.std[2] == 0 and not to_numpy(block.centred)[:, 2].any()
+        assert_close(to_numpy(block.centred), exact - exact.mean(0), tolerance)
+    targets.flags.writeable = False  # as Ray hands arrays over
+    assert_close(to_numpy(centre_targets(targets, dtype, device).centred), exact - exact.mean(0), tolerance)

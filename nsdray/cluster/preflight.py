@@ -1,0 +1,317 @@
+"""Before hours of work: is every file there and whole, is there room, and could this cluster do it at all?
+
+Each check gives findings and raises nothing, so that all that is wrong is told at once. `jobs/preflight.py` prints them as a
+table; every long job calls `require_inputs` and `require_room` before it starts Ray and `require_cluster` after, and stops with
+all that failed.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from nsdray.cluster.actors import pool_size
+from nsdray.cluster.estimate import replica_weights, stage_sizes, write_samples_memory
+from nsdray.cluster.train import parallel_trainings
+from nsdray.models.backbones import check_backbone
+from nsdray.models.checkpoint import weight_shapes, weights_file
+from nsdray.models.clip import check_clip
+from nsdray.models.vdvae import check_vdvae
+from nsdray.nsd.betas import check_session, session_shape
+from nsdray.nsd.layout import CAPTION_SPLITS
+from nsdray.nsd.stimuli import Stimuli
+from nsdray.stages import CLIP_CONFIGS, VDVAE_CONFIGS, Plan, SubjectPlan, file_size
+
+NEEDS = ("betas", "stimuli", "captions", "checkpoints")
+"""What a job may need; betas are the subjects' sessions, regions and design."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question."""
+
+    what: str
+    found: str
+    """What is there, or what is wrong and how to mend it."""
+    ok: bool = True
+
+
+def ask(what: str, answer: Callable[[], str]) -> Finding:
+    """A finding from a function that says what is there, or raises what is wrong."""
+    try:
+        return Finding(what, answer())
+    except (FileNotFoundError, ValueError, OSError) as error:
+        return Finding(what, str(error), ok=False)
+
+
+def size_text(n_bytes: float) -> str:
+    """"1.2 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.5:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+# ---- files
+
+
+def input_findings(plan: Plan, needs: Sequence[str] = NEEDS, thorough: bool = False) -> list[Finding]:
+    """Every file of NSD and every checkpoint that a plan needs. thorough: also whether the tensors in weight files are those of
+    the models, which takes seconds."""
+    found = []
+    if "betas" in needs:
+        found += [ask(f"subject {subject.subject}", lambda s=subject: subject_answer(s)) for subject in plan.subjects]
+    if "stimuli" in needs:
+        found.append(ask("stimuli", lambda: stimuli_answer(plan)))
+    if "captions" in needs and "clip_text" in plan.kinds:
+        found.append(ask("captions", lambda: captions_answer(plan)))
+    if "checkpoints" in needs:
+        found += checkpoint_findings(plan, thorough)
+    return found
+
+
+def subject_answer(subject: SubjectPlan) -> str:
+    """Sessions and regions of a subject; ValueError with all sessions that are damaged."""
+    voxels, damaged = subject.voxels, []
+    for path in subject.sessions.values():
+        try:
+            check_session(path)
+            if session_shape(path)[1] != tuple(voxels.shape):
+                damaged.append(f"{path} has another grid, {session_shape(path)[1]}, than the regions, {tuple(voxels.shape)}")
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ValueError("; ".join(damaged))
+    n_bytes = sum(path.stat().st_size for path in subject.sessions.values())
+    return (f"{len(subject.sessions)} sessions, {size_text(n_bytes)}; {len(voxels.index)} voxels; "
+            f"{len(subject.image_ids('train'))} training and {len(subject.image_ids('test'))} test images")  # fmt: skip
+
+
+def stimuli_answer(plan: Plan) -> str:
+    with Stimuli(plan.layout.stimuli) as stimuli:
+        height, width = stimuli.shape
+        return f"{stimuli.n_images} pictures of {height} x {width}, {size_text(file_size(plan.layout.stimuli))}"
+
+
+def captions_answer(plan: Plan) -> str:
+    """Whether the table of stimuli and both caption files are there and not cut short."""
+    file_size(plan.layout.stim_info)
+    for split in CAPTION_SPLITS:
+        path = plan.layout.captions(split)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: jobs/download_nsd.py fetches COCO's captions; without them: "
+                                    "--stage2.context vision")  # fmt: skip
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 16))
+            if not file.read().rstrip().endswith(b"}"):
+                raise ValueError(f"{path} was cut short; delete it and fetch it again")
+    return " and ".join(f"captions_{split}.json" for split in CAPTION_SPLITS)
+
+
+def checkpoint_findings(plan: Plan, thorough: bool) -> list[Finding]:
+    """Weight files: there, whole, and if thorough those of the models."""
+
+    def vdvae() -> str:
+        if thorough:
+            check_vdvae(plan.vdvae_checkpoint, VDVAE_CONFIGS[plan.config.targets.vdvae]())
+        return weights_answer(plan.vdvae_checkpoint)
+
+    def clip() -> str:
+        if thorough:
+            check_clip(plan.clip_checkpoint, CLIP_CONFIGS[plan.config.clip.model]())
+        return weights_answer(plan.clip_checkpoint)
+
+    def diffusion() -> str:
+        folder = plan.diffusion_folder
+        if thorough:
+            from nsdray.models.versatile_diffusion import check_versatile_diffusion  # diffusers takes seconds
+
+            check_versatile_diffusion(folder)
+        return "; ".join(weights_answer(weights_file(folder / part)) for part in ("image_unet", "text_unet", "vae"))
+
+    def backbone(name: str) -> str:
+        if thorough:
+            check_backbone(name, plan.backbone_file(name))
+        return weights_answer(plan.backbone_file(name))
+
+    found = [ask("VDVAE", vdvae)]
+    if plan.has_stage2:
+        found += [ask("CLIP", clip), ask("Versatile Diffusion", diffusion)]
+    for name in dict.fromkeys(metric.backbone for metric in plan.suite_metrics if metric.backbone):
+        answer = ask(f"metric {name}", lambda name=name: backbone(name))
+        if not answer.ok and plan.config.evaluation.skip_missing and not _is_there(plan, name):
+            answer = replace(answer, ok=True, found=f"left out: {answer.found}")
+        elif not answer.ok:
+            answer = replace(answer, found=f"{answer.found} Without it: --evaluation.skip-missing, or another suite.")
+        found.append(answer)
+    return found
+
+
+def _is_there(plan: Plan, name: str) -> bool:
+    try:
+        return plan.backbone_file(name).is_file()
+    except FileNotFoundError:
+        return False
+
+
+def weights_answer(path: Path) -> str:
+    """"vdvae.safetensors: 812 tensors, 7 MB"; ValueError for a file that was cut short."""
+    return f"{path.parent.name}/{path.name}: {len(weight_shapes(path))} tensors, {size_text(path.stat().st_size)}"
+
+
+# ---- room
+
+
+def room_findings(plan: Plan) -> list[Finding]:
+    """Disk and memory of this machine against the estimates. Asks for files that `input_findings` has found whole."""
+    sizes = stage_sizes(plan)
+    needed, largest = sum(max(0, size.disk) for size in sizes), max(sizes, key=lambda size: size.memory)
+    text = f"{size_text(needed)} to be written below {plan.store.root} at most"
+    if plan.store.is_local:
+        free = shutil.disk_usage(_existing(Path(plan.store.base))).free
+        ok = free > needed
+        text += f", {size_text(free)} free" + ("" if ok else ": free some, or choose another --store.root")
+        disk = Finding("disk", text, ok)
+    else:
+        disk = Finding("disk", text)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    text = f"largest task {size_text(largest.memory)} ({largest.stage}); this machine has {size_text(memory)}"
+    ok = largest.memory < memory
+    return [disk, Finding("memory", text + ("" if ok else ": take a machine with more, or fewer --data.rois"), ok)]
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def size_table(plan: Plan) -> str:
+    """The estimate of every stage."""
+    lines = [f"{'stage':<28}{'still to write':>16}{'largest task':>16}"]
+    lines += [f"{s.stage:<28}{size_text(max(0, s.disk)):>16}{size_text(s.memory):>16}" for s in stage_sizes(plan)]
+    return "\n".join(lines)
+
+
+# ---- the cluster
+
+
+def cluster_findings(plan: Plan) -> list[Finding]:
+    """Whether the cluster that this process is connected to could ever do what is asked, and whether its nodes see the files."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return resource_findings(plan, ray.cluster_resources(), nodes) + node_findings(plan, nodes)
+
+
+def resource_findings(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> list[Finding]:
+    """The cluster's resources against what is asked: what could never be scheduled would wait without a word."""
+    settings = plan.config.cluster
+    cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
+    found = [Finding("cluster", f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
+    found.append(ask("replicas", lambda: replicas_answer(plan, total, nodes)))
+    if set(plan.config.models) - {"ridge"}:
+        found.append(ask("training workers", lambda: workers_answer(plan, total, nodes)))
+    wanted = max(write_samples_memory(subject) for subject in plan.subjects)
+    most = max(node["Resources"].get("memory", 0) for node in nodes)
+    text = f"averaging repeats reserves {size_text(wanted)}; the largest node offers {size_text(most)}"
+    found.append(Finding("memory of a node", text + ("" if wanted <= most else ": it would wait for ever. Take a larger node"),
+                         wanted <= most))  # fmt: skip
+    if settings.n_gpus is not None and gpus < settings.n_gpus:
+        found.append(Finding("GPUs", f"cluster.n_gpus is {settings.n_gpus}, but the cluster has {gpus:g}", ok=False))
+    return found
+
+
+def replicas_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> str:
+    """How many replicas there will be; ValueError if they could never start."""
+    settings, share = plan.config.cluster, plan.config.cluster.gpus_per_replica
+    if total.get("GPU", 0) and share > 1:
+        most = max(node["Resources"].get("GPU", 0) for node in nodes)
+        if share > most:
+            raise ValueError(f"cluster.gpus_per_replica is {share:g}, but no node has more than {most:g}; it would wait for ever")
+    n, resources = pool_size(settings, total, n_calls=10**6)
+    needs = {name.removeprefix("num_").upper()[:-1]: amount for name, amount in resources.items()}
+    if lacking := [name for name, amount in needs.items() if total.get(name, 0) < amount]:
+        raise ValueError(f"a replica needs {needs}, but the cluster has no {' and no '.join(lacking)}; it would wait for ever. "
+                         "A cluster that grows is asked for GPUs by --cluster.n-gpus")  # fmt: skip
+    return f"{n}, each with {', '.join(f'{amount:g} {name}' for name, amount in needs.items())}"
+
+
+def workers_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> str:
+    """How many networks train at a time; ValueError if not one could."""
+    settings, n = plan.config.cluster, parallel_trainings(plan.config.cluster, total)
+    most = max(node["Resources"].get("CPU", 0) for node in nodes)
+    if settings.cpus_per_train_worker > most:
+        wanted = f"cluster.cpus_per_train_worker is {settings.cpus_per_train_worker:g}"
+        raise ValueError(f"{wanted}, but no node has more than {most:g}; it would wait for ever")
+    return f"{n} networks at a time, each with {settings.n_train_workers} workers"
+
+
+def node_findings(plan: Plan, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Whether every node sees raw NSD and the checkpoints under the same paths."""
+    if len(nodes) < 2:
+        return []
+    paths = [plan.layout.root, plan.vdvae_checkpoint, *plan.backbone_files.values()]
+    if plan.has_stage2:
+        paths += [plan.clip_checkpoint, plan.diffusion_folder]
+    look = ray.remote(num_cpus=0)(_absent)
+    place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    answers = ray.get([look.options(scheduling_strategy=place(n["NodeID"], soft=False)).remote(paths) for n in nodes])
+    return [Finding(f"node {node['NodeManagerHostname']}",
+                    f"does not see {', '.join(absent)}; all nodes need them under the same path (NFS, or a copy)" if absent
+                    else "sees NSD and the checkpoints", not absent)
+            for node, absent in zip(nodes, answers)]  # fmt: skip
+
+
+def _absent(paths: Iterable[Path]) -> list[str]:
+    return [str(path) for path in paths if not path.exists()]
+
+
+def gpu_findings(plan: Plan) -> list[Finding]:
+    """Memory of a GPU against the weights of a replica; asks a task on a GPU node."""
+    share = min(1.0, plan.config.cluster.gpus_per_replica)
+    weights = replica_weights(plan)
+    name, most = max(weights.items(), key=lambda item: item[1])
+    text = f"a replica's weights: {', '.join(f'{size_text(n)} {what}' for what, n in weights.items())}"
+    if not ray.cluster_resources().get("GPU", 0):
+        return [Finding("replica", f"{text}; no GPUs")]
+    memory = ray.get(ray.remote(num_gpus=share)(_gpu_memory).remote()) * share
+    ok = 2 * most < memory  # half for pictures in work
+    text += f"; its share of a GPU: {size_text(memory)}"
+    return [Finding("replica", text + ("" if ok else f": too little for {name}. Raise --cluster.gpus-per-replica"), ok)]
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+# ---- at the start of a job
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """ValueError with everything that is not right."""
+    wrong = [finding for finding in findings if not finding.ok]
+    if wrong:
+        lines = "\n".join(f"  {finding.what}: {finding.found}" for finding in wrong)
+        raise ValueError(f"{len(wrong)} thing{'s' * (len(wrong) > 1)} to mend first:\n{lines}")
+
+
+def require_inputs(plan: Plan, needs: Sequence[str] = NEEDS) -> None:
+    """Stop with all files that are missing, before anything else is done."""
+    require(input_findings(plan, needs))
+
+
+def require_room(plan: Plan) -> None:
+    """Stop if results would not fit; else tell in one line."""
+    findings = room_findings(plan)
+    require(findings)
+    print(f"checked: files are whole; {'; '.join(finding.found for finding in findings)}")
+
+
+def require_cluster(plan: Plan) -> None:
+    """Stop if this cluster could never do the plan."""
+    require(cluster_findings(plan))

@@ -1,0 +1,221 @@
+"""Alphas of ridge regression, fixed or chosen from a grid by leave-one-out error, and predictions of blocks of targets.
+
+One eigendecomposition K = V diag(l) V' serves all alphas and all targets: with A = V' Y, dual coefficients at an alpha are
+V diag(1 / (l + alpha)) A. So no matrix of n_samples x n_samples exists per target, whatever its alpha.
+
+Scores of alphas are leave-one-out R2 per target: 1 - sum (y_i - yhat_i)^2 / sum (y_i - ybar_i)^2, where the prediction yhat_i
+and the mean ybar_i come from all samples but i. 0 is what the mean does, 1 is perfect; a constant target scores 0. Methods:
+
+- "sample": over a sample of the rows, exactly;
+- "all": over all rows, exactly; 2 n_samples^2 multiplications per target and alpha;
+- "gcv": generalised cross-validation (Golub, Heath, Wahba 1979): the leave-one-out residuals' denominators 1 - h_ii replaced by
+  their mean. n_samples^2 multiplications per target, whatever the number of alphas.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from nsdray.regressors.linalg import Array, Eigen, empty, to_device, to_numpy
+from nsdray.regressors.ridge import RidgeFactor, RidgeKernel, check_rows
+from nsdray.regressors.scaling import moments
+from nsdray.regressors.target_blocks import TargetBlock
+
+Method = Literal["sample", "gcv", "all"]
+T = TypeVar("T")
+
+
+def r_squared(residual: Array, truth: Array) -> np.ndarray:
+    """1 - sum residual^2 / sum truth^2 over the rows of (n, n_targets): (n_targets,) float64; 0 where truth is all 0."""
+    lost, spread = ((x * x).sum(0) for x in (residual, truth))
+    return fraction_left(to_numpy(lost), to_numpy(spread))
+
+
+def fraction_left(lost: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """1 - lost / spread in float64; 0 where spread is 0."""
+    lost, spread = lost.astype(np.float64), spread.astype(np.float64)
+    return np.where(spread > 0, 1 - lost / np.where(spread > 0, spread, 1), 0)
+
+
+def alpha_scores(
+    kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, method: Method = "gcv",
+    rows: Sequence[int] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Leave-one-out R2 of each target at each alpha, (n_alphas, n_targets) float64. rows: for "sample", the rows that count."""
+    rotated = decomposed.vectors.T @ block.centred
+    scores = gcv_scores if method == "gcv" else leave_one_out_scores
+    used = check_rows(rows if method == "sample" else None, kernel.n_samples)
+    return scores(kernel, decomposed, alphas, block, rotated, used)
+
+
+def gcv_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
+               rows: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Generalised cross-validation. rotated: V' Y (n_samples, n_targets), overwritten."""
+    n, values = kernel.n_samples, to_numpy(decomposed.values).astype(np.float64)
+    spread = to_numpy((block.centred * block.centred).sum(0)).astype(np.float64) * (n / (n - 1)) ** 2
+    rotated *= rotated
+    scores = []
+    for alpha in alphas:
+        shrink = alpha / (values + alpha)
+        freedom = shrink.sum() - alpha / (kernel.shift_ + alpha)  # n less the trace of the hat matrix with its intercept
+        lost = to_device((shrink**2).astype(kernel.dtype), kernel.device) @ rotated
+        scores.append(fraction_left(to_numpy(lost).astype(np.float64) * (n / freedom) ** 2, spread))
+    return np.stack(scores)
+
+
+def leave_one_out_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
+                         rows: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Exact leave-one-out on some rows; see `RidgeFactor.leave_one_out_smoother`. rotated: V' Y (n_samples, n_targets)."""
+    n, vectors = kernel.n_samples, decomposed.vectors[rows]
+    truth = block.centred[rows] * (n / (n - 1))
+    scores = []
+    for alpha in alphas:
+        inverse = 1 / (decomposed.values + alpha)
+        d = (vectors * vectors) @ inverse - 1 / (n * (alpha + kernel.shift_))
+        residual = (vectors @ (inverse[:, None] * rotated)) / d[:, None]
+        scores.append(r_squared(residual, truth))
+    return np.stack(scores)
+
+
+@dataclass(frozen=True)
+class Smoothers:
+    """What any block of targets is multiplied by, at each of some alphas."""
+
+    alphas: tuple[float, ...]
+    rows: np.ndarray
+    """(n_rows,): training samples that are predicted by leaving each out."""
+    held_out: Array
+    """(n_alphas, n_rows, n_samples)."""
+    test: Array
+    """(n_alphas, n_groups, n_test, n_samples): the parts that come from groups of voxels; their sum is the smoother."""
+
+    def to(self, device: str | None) -> Smoothers:
+        return Smoothers(self.alphas, self.rows, to_device(self.held_out, device), to_device(self.test, device))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(str(self.test.dtype).removeprefix("torch."))
+
+
+def make_smoothers(
+    factors: Sequence[RidgeFactor], betas_test: np.ndarray, rows: Sequence[int] | None, groups: Sequence[np.ndarray] | None = None
+) -> Smoothers:
+    """Smoothers of some alphas. rows: as `Smoothers.rows`, None means all. groups: voxel indices of each group; together they
+    hold every voxel once; None makes one group of all."""
+    kernel = factors[0].kernel
+    n, rows = kernel.n_samples, check_rows(rows, kernel.n_samples)
+    groups = [None] if groups is None else groups
+    held_out = empty((len(factors), len(rows), n), kernel.dtype, kernel.device)
+    test = empty((len(factors), len(groups), len(betas_test), n), kernel.dtype, kernel.device)
+    for g, voxels in enumerate(groups):
+        against = kernel.against(betas_test, voxels).T
+        for a, factor in enumerate(factors):
+            test[a, g] = factor.inverse.solve(against).T
+    for a, factor in enumerate(factors):
+        held_out[a] = factor.leave_one_out_smoother(rows)
+    return Smoothers(tuple(factor.alpha for factor in factors), rows, held_out, test)
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What a block of targets gives."""
+
+    choice: np.ndarray
+    """(n_targets,) int: which of the alphas each target has."""
+    left_out: Array
+    """Leave-one-out predictions (n_rows, n_targets) less the training mean."""
+    test_parts: Array
+    """Test predictions (n_groups, n_test, n_targets) less the training mean, by group of voxels."""
+    mean: np.ndarray
+    """Training mean, (n_targets,) float64."""
+    leave_one_out_r2: np.ndarray
+    """(n_targets,) float64; see this module's head."""
+
+    @property
+    def test(self) -> np.ndarray:
+        """Test predictions (n_test, n_targets)."""
+        return to_numpy(self.test_parts.sum(0) if len(self.test_parts) > 1 else self.test_parts[0]) + self._mean
+
+    def left_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the leave-one-out predictions, (n_targets,) float32."""
+        return moments(to_numpy(self.left_out) + self._mean)
+
+    def parts_of_r2(self, truth: np.ndarray) -> np.ndarray:
+        """How much of each target's R2 in the test set comes from each group, (n_groups, n_targets) float64.
+
+        The product measure (Hoffman 1960; Pratt 1987; as himalaya's `r2_score_split`): with truth r and a group's part f_g of the
+        prediction f, both less the training mean, sum_i f_gi (2 r_i - f_i) / sum_i r_i^2. Over the groups it adds up to
+        1 - sum (r - f)^2 / sum r^2, R2 relative to predicting the training mean. A part may be negative.
+        truth: (n_test, n_targets).
+        """
+        truth = truth.astype(np.float64) - self.mean
+        parts = to_numpy(self.test_parts).astype(np.float64)
+        spread, twice = (truth**2).sum(0), 2 * truth - parts.sum(0)
+        return np.einsum("gij,ij->gj", parts, twice) / np.where(spread > 0, spread, np.inf)
+
+    @property
+    def _mean(self) -> np.ndarray:
+        return self.mean.astype(np.dtype(str(self.left_out.dtype).removeprefix("torch.")))
+
+
+def fit_block(smoothers: Smoothers, block: TargetBlock, scores: np.ndarray | None = None) -> BlockFit:
+    """Predict a block of targets. With several alphas, each target takes the best one: by scores (n_alphas, n_targets), or by
+    leave-one-out R2 on smoothers.rows if scores is None."""
+    n, n_targets = block.centred.shape
+    choice = np.zeros(n_targets, int)
+    if len(smoothers.alphas) == 1:
+        left_out = smoothers.held_out[0] @ block.centred
+    elif scores is not None:
+        choice = best(scores)
+        left_out = by_choice(smoothers.held_out, block.centred, choice)
+    else:
+        truth = block.centred[smoothers.rows]
+        candidates = [smoother @ block.centred for smoother in smoothers.held_out]
+        choice = best(np.stack([r_squared(truth - candidate, truth) for candidate in candidates]))
+        left_out = candidates[0]
+        for a, candidate in enumerate(candidates):
+            left_out[:, choice == a] = candidate[:, choice == a]
+    parts = empty((smoothers.test.shape[1], smoothers.test.shape[2], n_targets), smoothers.dtype, device_of(block.centred))
+    for g in range(len(parts)):
+        parts[g] = by_choice(smoothers.test[:, g], block.centred, choice)
+    truth = block.centred[smoothers.rows]
+    r2 = r_squared(truth - left_out, truth * (n / (n - 1)))
+    return BlockFit(choice, left_out, parts, block.mean, r2)
+
+
+def best(scores: np.ndarray) -> np.ndarray:
+    """Index of the best alpha of each target: scores (n_alphas, n_targets); of equals, the first."""
+    return np.nan_to_num(scores, nan=-np.inf).argmax(0)
+
+
+def by_choice(smoothers: Array, centred: Array, choice: np.ndarray) -> Array:
+    """Each target's product with the smoother of its choice: (n_alphas, m, n_samples) and (n_samples, n_targets) to
+    (m, n_targets), for the price of one product."""
+    used = np.unique(choice)
+    if len(used) == 1:
+        return smoothers[int(used[0])] @ centred
+    out = empty((smoothers.shape[1], len(choice)), np.dtype(str(centred.dtype).removeprefix("torch.")), device_of(centred))
+    for a in used:
+        own = np.flatnonzero(choice == a)
+        out[:, own] = smoothers[int(a)] @ centred[:, own]
+    return out
+
+
+def device_of(x: Array) -> str | None:
+    """The device of an array, None for NumPy's."""
+    return None if isinstance(x, np.ndarray) else str(x.device)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each prepared in a thread while the one before it is in use: reading overlaps with products."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+            del item
