@@ -446,9 +446,9 @@ class SearchConfig:
     """Trials in all. The first are one per depth with the first network as it is configured, so that depths can be compared."""
     n_images: int = 48
     """Validation images of each subject whose stage-1 pictures are scored."""
-    grace_epochs: int = 4
+    grace_epochs: int = 12
     """Epochs that every trial may train; then only the best 1 / reduction go on, and so on (ASHA)."""
-    reduction: int = 3
+    reduction: int = 2
     """See grace_epochs."""
     per_subject: bool = False
     """One search per subject, instead of trials that train a network for each subject and are judged by their mean."""
