@@ -236,7 +236,7 @@ def fit_ridge(subject: SubjectPlan, fits: Sequence[Fit]) -> list[ray.ObjectRef]:
         return []
     check_room(subject, fits)
     plan, shared = subject.plan, ray.put(subject)
-    whole, share = task_options(subject)
+    whole, share = task_options(subject, needed_bytes(subject, fits, keep=False))
     settings = [plan.model(fit).config["settings"] for fit in fits]
     candidates, ridge, done = candidates_of(subject), plan.config.ridge, []
     betas, scaling = standardise.remote(shared)
@@ -270,32 +270,41 @@ def batches(blocks: list[list[str]]) -> Iterator[list[list[str]]]:
         yield blocks[start : start + n]
 
 
-def task_options(subject: SubjectPlan) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ray's options for the tasks that do one thing for a whole subject, and for those that share its targets."""
-    plan, resources = subject.plan, ray.cluster_resources()
-    if resources.get("GPU", 0):
-        return {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": plan.config.cluster.gpus_per_replica}
-    one = {"num_cpus": 1}
+def task_options(subject: SubjectPlan, needed: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ray's options for the tasks that do one thing for a whole subject, and for those that share its targets. needed: bytes, so
+    that no more tasks run at once than fit into a node."""
+    plan, nodes = subject.plan, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max(node.get("memory", 0) for node in nodes)
+    whole = {"num_cpus": 1, "memory": int(min(max(needed["kernel"], needed["factorisation"]), 0.9 * largest))}
+    share = {"num_cpus": 1, "memory": int(min(needed["targets"], 0.9 * largest))}
+    if ray.cluster_resources().get("GPU", 0):
+        return whole | {"num_gpus": 1}, share | {"num_gpus": plan.config.cluster.gpus_per_replica}
     n, p = len(subject.image_ids("train")), len(subject.voxels.index)
-    cpus = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])) // len(plan.subjects)
-    if cpus < 2 or n * n * p < SMALL:
-        return one, one
-    return {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}}, one
+    cpus = int(max(node.get("CPU", 1) for node in nodes)) // len(plan.subjects)
+    if cpus > 1 and n * n * p > SMALL:
+        whole |= {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}}
+    return whole, share
+
+
+def needed_bytes(subject: SubjectPlan, fits: Sequence[Fit], keep: bool) -> dict[str, int]:
+    """`ridge_bytes` of a subject's ridges. keep: with what lies in the object store meanwhile."""
+    plan, config = subject.plan, subject.plan.config.ridge
+    n, n_test = len(subject.image_ids("train")), len(subject.image_ids("test"))
+    sizes = [size for fit in fits for size in sizes_of(subject, fit, plan.columns(fit.kind))]
+    return ridge_bytes(
+        n, len(subject.voxels.index), n_test, n if config.held_out == "all" else n_test, min(N_TARGETS_BLOCK, sum(sizes)),
+        np.dtype(config.dtype), n_alphas=len(config.alphas) if config.per_target else 1,
+        n_groups=max(1, len(groups_of(subject))), decomposed=len(config.alphas) > 1 or config.n_penalties_drawn > 0, keep=keep,
+        n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)),
+    )  # fmt: skip
 
 
 def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
     """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
-    plan, config = subject.plan, subject.plan.config.ridge
-    n, n_test = len(subject.image_ids("train")), len(subject.image_ids("test"))
-    sizes = [size for fit in fits for size in sizes_of(subject, fit, plan.columns(fit.kind))]
-    per_target = len(config.alphas) if config.per_target else 1
-    needed = ridge_bytes(
-        n, len(subject.voxels.index), n_test, n if config.held_out == "all" else n_test, min(N_TARGETS_BLOCK, sum(sizes)),
-        np.dtype(config.dtype), n_alphas=per_target, n_groups=max(1, len(groups_of(subject))), decomposed=len(config.alphas) > 1,
-        keep=True, n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)),
-    )  # fmt: skip
-    needed["targets"] += 4 * n_test * sum(sizes)  # their predictions, in the object store
-    rooms = [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in ray.nodes()
-             if node["Alive"]]  # fmt: skip
+    n_targets = sum(sum(sizes_of(subject, fit, subject.plan.columns(fit.kind))) for fit in fits)
+    needed = needed_bytes(subject, fits, keep=True)
+    needed["targets"] += 4 * len(subject.image_ids("test")) * n_targets  # their predictions
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = max(node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes)
     remedy = "Use a larger node, --ridge.dtype float32, fewer --ridge.alphas with --ridge.per-target, or --ridge.held-out sample."
-    check_memory(needed, max(rooms), f"the largest node of the cluster, for subject {subject.subject},", remedy)
+    check_memory(needed, room, f"the largest node of the cluster, for subject {subject.subject},", remedy)

@@ -116,7 +116,8 @@ def test_penalties_of_voxel_groups_are_searched_and_mapped(finished):
 def test_dual_coefficients_all_rows_and_several_cpus(finished, monkeypatch):
     plain = fitted(finished, weights="vdvae")
     monkeypatch.setattr(ridge, "SMALL", 0)  # factors by a worker with both CPUs
-    assert ridge.task_options(plain.subjects[0])[0]["num_cpus"] == 2
+    needed = ridge.needed_bytes(plain.subjects[0], [VDVAE], keep=False)
+    assert ridge.task_options(plain.subjects[0], needed)[0]["num_cpus"] == 2
     plan = fitted(finished, weights="vdvae", coefficients="dual", held_out="all", groups=("V1",), penalties=(1.0, 1.0))
     train, targets, _, predicted = arrays(plan)
     np.testing.assert_allclose(predicted, arrays(plain)[3], rtol=1e-5, atol=1e-5)
