@@ -283,8 +283,8 @@ def task_options(subject: SubjectPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}}, one
 
 
-def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
-    """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
+def memory_needed(subject: SubjectPlan, fits: Sequence[Fit]) -> dict[str, int]:
+    """Bytes that a subject's ridges hold at once, by phase."""
     plan, config = subject.plan, subject.plan.config.ridge
     n, n_test = len(subject.image_ids("train")), len(subject.image_ids("test"))
     sizes = [size for fit in fits for size in sizes_of(subject, fit, plan.columns(fit.kind))]
@@ -295,7 +295,13 @@ def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
         keep=True, n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)),
     )  # fmt: skip
     needed["targets"] += 4 * n_test * sum(sizes)  # their predictions, in the object store
+    return needed
+
+
+def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
+    """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
     rooms = [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in ray.nodes()
              if node["Alive"]]  # fmt: skip
     remedy = "Use a larger node, --ridge.dtype float32, fewer --ridge.alphas with --ridge.per-target, or --ridge.held-out sample."
-    check_memory(needed, max(rooms), f"the largest node of the cluster, for subject {subject.subject},", remedy)
+    where = f"the largest node of the cluster, for subject {subject.subject},"
+    check_memory(memory_needed(subject, fits), max(rooms), where, remedy)
