@@ -13,7 +13,7 @@ from nsdray.cluster.run import anything_missing, extract_targets, start_ray, tar
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    require_inputs(plan)
+    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
     if any(anything_missing(targets_partitions(plan, kind)) for kind in plan.kinds):
         start_ray(plan)
         extract_targets(plan)

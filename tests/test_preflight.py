@@ -24,6 +24,7 @@ from nsdray.mini import VERSATILE_DIFFUSION, weights_path
 from nsdray.models.backbones import features, random_backbone
 from nsdray.nsd.simulate import simulate_nsd
 from nsdray.recipes import gru_15
+from nsdray.regressors.gru import GRURegressor
 from nsdray.stages import Plan
 from nsdray.store import table
 
@@ -212,3 +213,14 @@ def test_the_paper_s_recipe_lists_its_checkpoints(config, monkeypatch, tmp_path)
 
 def test_sizes_are_readable():
     assert [size_text(n) for n in (12, 1500, 2.5e6, 1.04e12)] == ["12 B", "1.5 kB", "2.5 MB", "1.04 TB"]
+
+
+def test_every_kind_of_model_is_estimated(config):
+    models = ("ridge", "gru", "conv", "mlp", "transformer", "shared-gru")
+    plan = Plan(replace(config, models=models, stage2=replace(config.stage2, model="none")))
+    sizes = {size.stage: size for size in stage_sizes(plan)}
+    network = GRURegressor(len(plan.subjects[0].voxels.index), 288, **config.gru.sizes())
+    assert all(sizes[f"models/{model}-3"].memory > 0 < sizes[f"models/{model}-3"].disk for model in models)
+    assert sizes["models/gru-3"].disk > 2 * 5 * 4 * sum(p.numel() for p in network.parameters()) * 0.9
+    assert sizes["models/shared-gru-3"].memory > sizes["models/gru-3"].memory
+    assert sizes["models/ridge-3"].memory > 4 * 96**2

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nsdray.cluster.ridge import N_TARGETS_BLOCK
+from nsdray.cluster.data import GROUPS_PER_BLOCK
+from nsdray.cluster.ridge import memory_needed
+from nsdray.cluster.train import build
 from nsdray.metrics.perceptual import Preparation, passes
 from nsdray.models.backbones import find_backbone
 from nsdray.models.checkpoint import weight_shapes, weights_file
 from nsdray.regressors import REGRESSORS
-from nsdray.stages import ROWS_PER_PICTURES, VDVAE_CONFIGS, Fit, Plan, SubjectPlan
-from nsdray.store import Stage
+from nsdray.stages import ROWS_PER_PICTURES, STAGE2_ONLY, VDVAE_CONFIGS, Fit, Plan, SubjectPlan
+from nsdray.store import ROWS_PER_GROUP, Stage
 
 FLOAT, HALF = 4, 2
 STIMULUS = 425 * 425 * 3
@@ -76,8 +78,8 @@ def _model_sizes(plan: Plan) -> list[Size]:
         n_targets = sum(math.prod(shape) for shape in plan.shapes(fit.kind))
         disk = memory = predictions = 0
         for subject in plan.subjects:
-            n_voxels, n_train, n_test = len(subject.voxels.index), *(len(subject.image_ids(s)) for s in ("train", "test"))
-            own, needed = _fit_bytes(plan, fit, n_voxels, n_train, n_test, n_targets)
+            n_test = len(subject.image_ids("test"))
+            own, needed = _fit_bytes(plan, fit, subject, n_targets)
             disk += own - _present_if_known(lambda fit=fit: plan.model(fit), subject.folder)
             predictions += FLOAT * n_test * n_targets - _present_if_known(lambda fit=fit: plan.predictions(fit), subject.folder)
             memory = max(memory, needed)
@@ -86,24 +88,24 @@ def _model_sizes(plan: Plan) -> list[Size]:
     return sizes
 
 
-def _fit_bytes(plan: Plan, fit: Fit, n_voxels: int, n_train: int, n_test: int, n_targets: int) -> tuple[int, int]:
+def _fit_bytes(plan: Plan, fit: Fit, subject: SubjectPlan, n_targets: int) -> tuple[int, int]:
     """Bytes written and held for one subject's fit."""
+    n_voxels, n_train = len(subject.voxels.index), len(subject.image_ids("train"))
     scaling = FLOAT * 4 * n_targets + 16 * n_voxels
     if fit.regressor == "ridge":
-        weighted = plan.config.ridge.weights in ("all", fit.kind)
-        factorise = FLOAT * (3 * n_train * n_voxels + 3 * n_train**2 + 2 * n_test * n_train)
-        columns = [math.prod(shape) for shape in plan.shapes(fit.kind)]
-        block = min(n_targets, N_TARGETS_BLOCK + max(columns))
-        factor = n_train**2 + n_train * n_voxels + n_voxels * block
-        one = FLOAT * (2 * n_test * n_train + 3 * n_train * block + weighted * factor)
-        return scaling + weighted * FLOAT * (n_voxels + 1) * n_targets, max(factorise, one)
-    settings = plan.config.settings(fit.regressor)
+        config = plan.config.ridge
+        n_rows = 0 if config.weights not in ("all", fit.kind) else n_train if config.coefficients == "dual" else n_voxels
+        ridges = [other for other in plan.fits if other.regressor == "ridge"]
+        return scaling + FLOAT * (n_rows + 1) * n_targets, max(memory_needed(subject, ridges).values())
+    n_all = [len(other.voxels.index) for other in plan.subjects] if fit.is_shared else [n_voxels]
+    sizes, fraction = getattr(plan.config, fit.network).sizes(), plan.config.settings(fit.regressor)["validation_fraction"]
     with torch.device("meta"):
-        network = REGRESSORS[fit.regressor](n_voxels, n_targets)
-    weights = FLOAT * sum(p.numel() for p in network.parameters())
-    held_out = settings.get("validation_fraction", 0.1) * n_train * (n_voxels + n_targets) * FLOAT
-    blocks = 8 * 512 * (FLOAT * n_voxels + HALF * n_targets)
-    return scaling + weights + 4 * weights, int(5 * weights + held_out + blocks)  # with a checkpoint of Ray Train
+        networks = REGRESSORS[fit.network](n_voxels, n_targets, **sizes), build(fit, n_all, n_targets, sizes)
+        own, whole = (FLOAT * sum(p.numel() for p in network.parameters()) for network in networks)
+    held_out = int(FLOAT * fraction * n_train * (sum(n_all) + n_targets * len(n_all)))
+    blocks = 8 * GROUPS_PER_BLOCK * ROWS_PER_GROUP * (FLOAT * sum(n_all) + HALF * n_targets)
+    # with a checkpoint of Ray Train: weights, the best ones, and two moments of AdamW; a gradient beside them in memory
+    return scaling + own + 4 * whole // len(n_all), 5 * whole + held_out + blocks
 
 
 def _picture_sizes(plan: Plan) -> list[Size]:
@@ -113,7 +115,7 @@ def _picture_sizes(plan: Plan) -> list[Size]:
     for name in plan.picture_stages:
         raw, disk = 3 * pixels[name] ** 2, 0
         partitions = {(source, subject.pictures(source)[0]): len(subject.image_ids("test"))
-                      for source in (None, *plan.sources) if name == "stage2" or source != "nearest"
+                      for source in (None, *plan.sources) if name == "stage2" or source not in STAGE2_ONLY
                       for subject in plan.subjects}  # fmt: skip
         for (source, partition), n in partitions.items():
             disk += max(0, raw * n - _present_if_known(lambda name=name, source=source: getattr(plan, name)(source), partition))

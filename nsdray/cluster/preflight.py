@@ -27,8 +27,8 @@ from nsdray.nsd.layout import CAPTION_SPLITS
 from nsdray.nsd.stimuli import Stimuli
 from nsdray.stages import CLIP_CONFIGS, VDVAE_CONFIGS, Plan, SubjectPlan, file_size
 
-NEEDS = ("betas", "stimuli", "captions", "checkpoints")
-"""What a job may need; betas are the subjects' sessions, regions and design."""
+NEEDS = ("betas", "stimuli", "captions", "checkpoints", "metrics")
+"""What a job may need; betas are the subjects' sessions, regions and design, metrics the weights of the suites' networks."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def input_findings(plan: Plan, needs: Sequence[str] = NEEDS, thorough: bool = Fa
         found.append(ask("captions", lambda: captions_answer(plan)))
     if "checkpoints" in needs:
         found += checkpoint_findings(plan, thorough)
+    if "metrics" in needs:
+        found += metric_findings(plan, thorough)
     return found
 
 
@@ -135,14 +137,19 @@ def checkpoint_findings(plan: Plan, thorough: bool) -> list[Finding]:
             check_versatile_diffusion(folder)
         return "; ".join(weights_answer(weights_file(folder / part)) for part in ("image_unet", "text_unet", "vae"))
 
+    stage2 = [ask("CLIP", clip), ask("Versatile Diffusion", diffusion)] if plan.has_stage2 else []
+    return [ask("VDVAE", vdvae), *stage2]
+
+
+def metric_findings(plan: Plan, thorough: bool) -> list[Finding]:
+    """The same for the networks of the suites' metrics; what may be left out is not wrong when it is missing."""
+
     def backbone(name: str) -> str:
         if thorough:
             check_backbone(name, plan.backbone_file(name))
         return weights_answer(plan.backbone_file(name))
 
-    found = [ask("VDVAE", vdvae)]
-    if plan.has_stage2:
-        found += [ask("CLIP", clip), ask("Versatile Diffusion", diffusion)]
+    found = []
     for name in dict.fromkeys(metric.backbone for metric in plan.suite_metrics if metric.backbone):
         answer = ask(f"metric {name}", lambda name=name: backbone(name))
         if not answer.ok and plan.config.evaluation.skip_missing and not _is_there(plan, name):
@@ -212,7 +219,7 @@ def resource_findings(plan: Plan, total: dict[str, float], nodes: list[dict[str,
     cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
     found = [Finding("cluster", f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
     found.append(ask("replicas", lambda: replicas_answer(plan, total, nodes)))
-    if set(plan.config.models) - {"ridge"}:
+    if any(fit.regressor != "ridge" for fit in plan.fits):
         found.append(ask("training workers", lambda: workers_answer(plan, total, nodes)))
     wanted = max(write_samples_memory(subject) for subject in plan.subjects)
     most = max(node["Resources"].get("memory", 0) for node in nodes)

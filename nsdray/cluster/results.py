@@ -65,6 +65,7 @@ def tracking(plan: Plan) -> Iterator[Any]:
 
 def judge(plan: Plan) -> None:
     """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
+    require_inputs(plan, ("stimuli", "metrics"))
     if not plan.report.missing(plan.report_partition, plan.report_wanted):
         print("Everything is up to date.")
         return

@@ -299,12 +299,17 @@ def needed_bytes(subject: SubjectPlan, fits: Sequence[Fit], keep: bool) -> dict[
     )  # fmt: skip
 
 
-def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
-    """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
+def memory_needed(subject: SubjectPlan, fits: Sequence[Fit]) -> dict[str, int]:
+    """Bytes that a subject's ridges hold at once, by phase, with their predictions in the object store."""
     n_targets = sum(sum(sizes_of(subject, fit, subject.plan.columns(fit.kind))) for fit in fits)
     needed = needed_bytes(subject, fits, keep=True)
-    needed["targets"] += 4 * len(subject.image_ids("test")) * n_targets  # their predictions
+    return needed | {"targets": needed["targets"] + 4 * len(subject.image_ids("test")) * n_targets}
+
+
+def check_room(subject: SubjectPlan, fits: Sequence[Fit]) -> None:
+    """ValueError with the numbers if a subject's ridges do not fit into the largest node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = max(node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes)
     remedy = "Use a larger node, --ridge.dtype float32, fewer --ridge.alphas with --ridge.per-target, or --ridge.held-out sample."
-    check_memory(needed, room, f"the largest node of the cluster, for subject {subject.subject},", remedy)
+    where = f"the largest node of the cluster, for subject {subject.subject},"
+    check_memory(memory_needed(subject, fits), room, where, remedy)
