@@ -12,6 +12,7 @@ import ray
 from safetensors.numpy import save
 
 from nsdray.cluster.data import read_samples, read_targets
+from nsdray.cluster.metrics import record
 from nsdray.decoder import DecoderCard, Scaling, card_bytes, rescaled
 from nsdray.metrics.table import latent_scores
 from nsdray.regressors.ridge import RidgeFactor, factorise
@@ -79,6 +80,7 @@ def fit_block(subject: SubjectPlan, fit: Fit, factor: RidgeFactor | None, smooth
             start = own.stop
     latents_mean, latents_std = moments(targets)
     predictions_mean, predictions_std = moments(leave_one_out @ centred + mean)
+    record("nsdray_ridge_blocks", 1, model=plan.label(fit), subject=subject.subject)
     return {"latents_mean": latents_mean, "latents_std": latents_std, "predictions_mean": predictions_mean,
             "predictions_std": predictions_std, "test": smoother @ centred + mean}  # fmt: skip
 
