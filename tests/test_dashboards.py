@@ -101,7 +101,7 @@ def test_readme_has_every_panel():
 
 
 def test_without_ray_recording_does_nothing():
-    code = "from nsdray.cluster import metrics; metrics.record('nsdray_images', 1); assert not metrics._metric.cache_info().currsize"
+    code = "from nsdray.cluster import metrics; metrics.record('nsdray_images', 1); assert not metrics._metric.cache_info()[3]"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKOUT)
 
 
@@ -173,9 +173,9 @@ def watch(job: str, arguments: list[str], folder: Path, kill: bool) -> set[tuple
 @pytest.mark.slow
 def test_prometheus_answers_every_panel():
     """A run with a killed replica and a search, seen by a real Prometheus. Nothing listens beyond loopback meanwhile."""
-    folder, port = Path(tempfile.mkdtemp(prefix="nsdray-", dir="/tmp")), free_port()  # pytest's own are too long for Ray's sockets
+    folder, port = Path(tempfile.mkdtemp(prefix="nsdray-")), free_port()  # pytest's own path is too long for Ray's sockets
     small = runpy.run_path(str(CHECKOUT / "tests" / "test_jobs.py"))["SMALL"]
-    search = """--search.n-trials 2 --search.models gru --search.n-layers 2 3 --search.n-images 4 --search.grace-epochs 2""".split()
+    search = "--search.n-trials 2 --search.models gru --search.n-layers 2 3 --search.n-images 4 --search.grace-epochs 2".split()
     try:
         with dashboards(folder, port) as process:
             seen = watch("train_all_subjects", small, folder, kill=True)
