@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ import ray
 import torch
 from tqdm import tqdm
 
+from nsdray.cluster.metrics import record, subject_label
 from nsdray.config import ClusterConfig, Config
 from nsdray.generators.stage1 import decode_pictures, from_png, to_png
 from nsdray.generators.stage2 import refine_pictures, round_trip
@@ -53,6 +55,8 @@ class Replica:
         self.loaded: dict[str, torch.nn.Module] = {}
         self.paths = {"vdvae": vdvae, "clip": clip, "diffusion": diffusion}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if was_restarted():
+            record("nsdray_replica_restarts", 1)
 
     @cached_property
     def vdvae(self) -> VDVAE:
@@ -190,6 +194,12 @@ class Replica:
         return {metric.name: np.concatenate([batch[metric.node] for batch in batches]) for metric in metrics}
 
 
+def was_restarted() -> bool:
+    """Whether this process is an actor that Ray has started again."""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    return context is not None and context.get_actor_id() is not None and context.was_current_actor_reconstructed
+
+
 def write_tokens(target: Stage, partition: str, part: Part, tokens: np.ndarray, inputs: Inputs) -> None:
     """Write (n, n_tokens, d) tokens, a column each."""
     columns = dict(zip(token_names(tokens.shape[1]), np.moveaxis(tokens, 1, 0)))
@@ -227,20 +237,39 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
     arguments = replica_arguments(plan)
-    idle, running, waiting = [actor.remote(*arguments) for _ in range(n_replicas)], {}, list(calls)
+    replicas = [actor.remote(*arguments) for _ in range(n_replicas)]
+    idle, running, waiting = list(range(n_replicas)), {}, list(calls)
     totals, done = Counter(partition_of(call) for call in calls), Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
         while waiting or running:
             while idle and waiting:
                 replica, call = idle.pop(), waiting.pop(0)
-                running[getattr(replica, call[0]).remote(*call[1])] = replica, call
+                running[getattr(replicas[replica], call[0]).remote(*call[1])] = replica, call, time.perf_counter()
+            record_queue(calls, waiting, [call for _, call, _ in running.values()])
             for finished in ray.wait(list(running))[0]:
-                replica, call = running.pop(finished)
+                replica, call, started = running.pop(finished)
                 ray.get(finished)
                 idle.append(replica)
+                record_shard(call, replica, time.perf_counter() - started)
                 done[partition_of(call)] += 1
                 progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
                 progress.update()
+    record_queue(calls, [], [])
+
+
+def record_queue(calls: list, waiting: list, running: list) -> None:
+    """Tell Prometheus how many calls of each method are left."""
+    for stage in {call[0] for call in calls}:
+        for state, left in {"waiting": waiting, "running": running}.items():
+            record("nsdray_queue", sum(call[0] == stage for call in left), stage=stage, state=state)
+
+
+def record_shard(call: tuple[str, tuple[Any, ...]], replica: int, seconds: float) -> None:
+    """Tell Prometheus about a finished call."""
+    labels = {"stage": call[0], "subject": subject_label(call[1][1]), "replica": replica}
+    record("nsdray_shards", 1, **labels)
+    record("nsdray_images", len(call[1][2].image_ids), **labels)
+    record("nsdray_shard_seconds", seconds, stage=call[0])
 
 
 def replica_arguments(plan: Plan) -> tuple[Any, ...]:
@@ -295,4 +324,5 @@ def gather(refs: Iterable[ray.ObjectRef], description: str, unit: str) -> list[A
             done, waiting = ray.wait(waiting, num_returns=1)
             ray.get(done)
             progress.update(len(done))
+            record("nsdray_queue", len(waiting), stage=description, state="submitted")
     return ray.get(refs)

@@ -20,6 +20,7 @@ import numpy as np
 import ray
 import torch
 
+from nsdray.cluster.metrics import record, subject_label
 from nsdray.nsd.betas import SCALE, dead_voxels, read_session
 from nsdray.nsd.repeats import draw_repeats
 from nsdray.regressors.scaling import moments, zscore
@@ -49,6 +50,7 @@ def write_session(subject: SubjectPlan, session: int, shard: str, inputs: Inputs
     rows = np.flatnonzero(trials.session == session)
     columns = {name: getattr(trials, name)[rows] for name in ("trial", "image_id", "repeat", "is_test")}
     subject.plan.betas.write(subject.folder, shard, table(columns | {"betas": betas}), inputs)
+    record("nsdray_trials_read", len(rows), subject=subject.subject)
     return int(dead_voxels(betas).sum())
 
 
@@ -157,6 +159,7 @@ def _read_block(
     parts = sorted({part for part, _ in pieces})
     reads = [source.read(part, [g for p, g in pieces if p == part], draw) for part in parts]
     image_ids, betas, targets = (np.concatenate(arrays) for arrays in zip(*reads))
+    record("nsdray_training_images_read", len(image_ids), subject=subject_label(source.samples_partition))
     keep = np.flatnonzero(~np.isin(image_ids, excluded))
     keep = keep[rng(*key).permutation(len(keep))][mine]
     return {"betas": betas[keep], "targets": targets[keep]}

@@ -17,6 +17,7 @@ import ray
 from safetensors.numpy import save
 
 from nsdray.cluster.data import read_targets
+from nsdray.cluster.metrics import record
 from nsdray.cluster.ridge_factors import (
     N_TARGETS_BLOCK,
     Betas,
@@ -120,6 +121,7 @@ def fit_columns(subject: SubjectPlan, fit: Fit, solver: Solver, columns: list[st
     block = {name: np.concatenate([piece[name] for piece in found], -1) for name in found[0]}
     if dual is not None:
         write_weights(subject, fit, solver.kernel, columns, dual, block["latents_mean"])
+    record("nsdray_ridge_blocks", 1, model=subject.plan.label(fit), subject=subject.subject)
     return block | {f"{name}/{pairing}": values * len(truth[0]) for name, pairing, values in latent_scores(truth, block["test"])}
 
 

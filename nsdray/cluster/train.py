@@ -25,6 +25,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from nsdray.cluster.data import Source, TrainingStream, steps_per_epoch
+from nsdray.cluster.metrics import record
 from nsdray.cluster.ridge import decoder_card, finish_decoder
 from nsdray.config import ClusterConfig, digest
 from nsdray.decoder import Decoder, Scaling
@@ -70,14 +71,18 @@ class RayContext:
 
 
 class CurveLogger(UserCallback):
-    """Sends every epoch's metrics to the tracker, from Ray Train's controller."""
+    """Sends every epoch's metrics to the tracker and to Prometheus, from Ray Train's controller."""
 
-    def __init__(self, tracker: Any, keys: list[str]):
-        self.tracker, self.keys = tracker, keys
+    def __init__(self, tracker: Any, keys: list[str], labels: dict[str, str]):
+        self.tracker, self.keys, self.labels = tracker, keys, labels
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         for key in self.keys:
             self.tracker.log_epoch.remote(key, metrics[0])
+        record("nsdray_epoch", metrics[0]["epoch"] + 1, **self.labels)
+        record("nsdray_train_loss", metrics[0]["train_loss"], **self.labels)
+        record("nsdray_validation_loss", metrics[0]["val_loss"], **self.labels)
+        record("nsdray_training_images_per_second", metrics[0]["samples_per_s"], **self.labels)
 
 
 def validation_images(subject: SubjectPlan, fraction: float) -> np.ndarray:
@@ -257,8 +262,8 @@ def train_networks(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> None:
 
 def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float]:
     plan, cluster = subjects[0].plan, subjects[0].plan.config.cluster
-    who = "all" if fit.is_shared else subjects[0].folder
-    name = f"{plan.model(fit).folder}/{who}-{digest([subject.inputs for subject in subjects])}".replace("/", "_")
+    who, folder = ("all", "all") if fit.is_shared else (str(subjects[0].subject), subjects[0].folder)
+    name = f"{plan.model(fit).folder}/{folder}-{digest([subject.inputs for subject in subjects])}".replace("/", "_")
     keys = [subject.run_key(fit.regressor) for subject in subjects] if fit.kind == "vdvae" else []  # tokens: history.json
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     trainer = ray.train.torch.TorchTrainer(
@@ -274,7 +279,7 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
             storage_filesystem=None if plan.store.is_local else plan.store.fs,
             failure_config=FailureConfig(max_failures=cluster.max_retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[CurveLogger(tracker, keys)],
+            callbacks=[CurveLogger(tracker, keys, {"model": plan.label(fit), "subject": who})],
         ),
     )  # fmt: skip
     forget_broken_run(plan.store, f"training/{name}")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from nsdray.cluster import run
 from nsdray.cluster.data import SharedArrays, Source, TrainingArrays, share_arrays
+from nsdray.cluster.metrics import record
 from nsdray.cluster.preflight import require_inputs
 from nsdray.cluster.train import validation_images
 from nsdray.config import Config
@@ -270,7 +271,7 @@ def score_ridge(plan: Plan, data: SubjectData, seen: np.ndarray) -> list[dict[st
 
 
 class TrialLogger(tune.Callback):
-    """Every trial as an MLflow run under the search's, and a progress bar."""
+    """Every trial as an MLflow run under the search's, figures for Prometheus, and a progress bar."""
 
     def __init__(self, tracker: Any, parent: str, n_trials: int):
         self.tracker, self.parent, self.progress, self.n_trials, self.best = tracker, parent, None, n_trials, FAILED
@@ -293,15 +294,26 @@ class TrialLogger(tune.Callback):
         self.tracker.log_result.remote(self.key(trial), scores, {"status": result["status"][:400]}, {}, result["epoch"])
         self.best = max(self.best, result["score"])
         self.progress.set_postfix(best=f"{self.best:.3f}", refresh=False)
+        record("nsdray_search_best_score", self.best, search=self.parent.removeprefix("searches/"))
+        self.record_trials(trials)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         self.progress.n = sum(other.is_finished() for other in trials)
         self.progress.refresh()
+        self.record_trials(trials)
         status = (trial.last_result or {}).get("status", "")
         if not status.startswith("trained"):
             tqdm.write(f"  trial {trial.config}: {status}")
 
+    def record_trials(self, trials: list) -> None:
+        """Tell Prometheus how many trials there are."""
+        finished, running = sum(t.is_finished() for t in trials), sum(t.status == "RUNNING" for t in trials)
+        states = {"pending": self.n_trials - finished - running, "running": running, "finished": finished}
+        for state, n in states.items():
+            record("nsdray_search_trials", n, search=self.parent.removeprefix("searches/"), state=state)
+
     def on_experiment_end(self, trials: list, **_: Any) -> None:
+        self.record_trials(trials)
         self.progress.close()
 
 
