@@ -26,14 +26,14 @@ from nsdray.config import (
 def mini() -> Config:
     """Ridge and GRU on the miniature NSD (SIMULATED): no download, no GPU, minutes on two cores."""
     # strong regularisation: only 540 images are fitted to
-    training = {"weight_decay": 2.0, "batch_size": 32, "n_epochs": 40}
+    training = {"batch_size": 32, "n_epochs": 40}
     return Config(
         recipe="mini",
         ridge=RidgeConfig(alpha=4_000.0, alpha_vision=4_000.0, alpha_text=4_000.0),  # 50,000 scaled to some 1,250 voxels
-        gru=GRUConfig(learning_rate=4e-3, dropout=0.7, patience=8, **training),
-        conv=ConvConfig(learning_rate=1e-3, dropout=0.7, patience=15, **training),
-        transformer=TransformerConfig(learning_rate=2e-3, dropout=0.7, patience=8, **training),
-        mlp=MLPConfig(learning_rate=1e-3, dropout=0.8, patience=8, n_hidden_layers=1, **training),
+        gru=GRUConfig(learning_rate=4e-3, weight_decay=2.0, dropout=0.7, patience=8, **training),
+        conv=ConvConfig(learning_rate=4e-3, weight_decay=4.0, dropout=0.5, patience=15, **training),
+        transformer=TransformerConfig(learning_rate=2e-3, weight_decay=2.0, dropout=0.7, patience=8, **training),
+        mlp=MLPConfig(learning_rate=1e-3, weight_decay=2.0, dropout=0.8, patience=8, n_hidden_layers=1, **training),
         stage1=Stage1Config(deterministic=True),
         stage2=Stage2Config(sampler="unipc", n_steps=20, guidance=3.0),
     )

@@ -81,7 +81,6 @@ class Group:
         return [run for session in self.sessions for run in session.runs]
 
 
-
 @contextlib.contextmanager
 def collected(messages: list[str]) -> Iterator[None]:
     """Append warnings to messages instead of printing them."""
