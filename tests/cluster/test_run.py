@@ -163,7 +163,9 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     experiment = client.get_experiment_by_name("nsdray")
     everything = client.search_runs([experiment.experiment_id], max_results=1000)
     published = [r for r in everything if r.data.tags.get("source") == "published"]
-    runs = [r for r in everything if r not in published]
+    key = results.parent_key(finished)
+    parent = next(r.info.run_id for r in everything if r.data.tags["nsdray.key"] == key)
+    runs = [r for r in everything if parent in (r.info.run_id, r.data.tags.get("mlflow.parentRunId"))]
     assert len(published) == len(PUBLISHED) and all(r.data.tags["data"] == "nsd" for r in published)
     paper = next(r for r in published if r.info.run_name == "published: GRU 15 layers, subjects 1-2-5-7 (NSD)")
     assert paper.data.metrics["stage2_brain_diffuser_ssim_columns"] == 0.361
