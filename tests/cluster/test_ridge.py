@@ -29,7 +29,7 @@ def fitted(finished: Plan, stage2: bool = False, subjects: tuple[int, ...] = (1,
     config = finished.config
     plan = Plan(
         replace(config, models=("ridge",), ridge=replace(config.ridge, rescale="none", dtype="float64", **settings),
-                data=replace(config.data, subjects=subjects, nsd_root=str(finished.layout.root)),
+                data=replace(config.data, subjects=subjects),
                 stage2=config.stage2 if stage2 else replace(config.stage2, model="none"))
     )  # fmt: skip
     run.fit_models(plan, None)
