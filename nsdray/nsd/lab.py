@@ -198,14 +198,15 @@ def _write_stimuli(path: Path, folder: Path, names: Sequence[str], size: int, pr
 
 
 def _write_captions(layout: NSDLayout, captions: Sequence[Sequence[str]] | None) -> None:
-    """In COCO's JSON; a picture's cocoId is its image_id + 1, its split the first."""
-    path = layout.captions(CAPTION_SPLITS[0])
+    """In COCO's JSON; a picture's cocoId is its image_id + 1, its split the first. The other's file is there and empty."""
     if captions is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [layout.captions(split) for split in CAPTION_SPLITS]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     texts = [(image_id + 1, text) for image_id, several in enumerate(captions) for text in several]
     annotations = [{"image_id": coco, "id": i, "caption": text} for i, (coco, text) in enumerate(texts, 1)]
-    _replace(path, json.dumps({"annotations": annotations}).encode())
+    for path, entries in zip(paths, (annotations, [])):
+        _replace(path, json.dumps({"annotations": entries}).encode())
 
 
 def _write_design(layout: NSDLayout, record: dict) -> None:

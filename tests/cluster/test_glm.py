@@ -233,7 +233,7 @@ def test_bad_voxels_are_counted_and_stored_as_0(bids, tmp_path, cluster, capsys)
     mask = np.flatnonzero(np.asarray(nib.load(bids / "masks/sub-01.nii.gz").dataobj).ravel())
     for number, path in enumerate(paths):
         image = nib.load(path)
-        values = np.asarray(image.dataobj).astype(np.float32)
+        values = np.ascontiguousarray(image.dataobj, np.float32)
         flat = values.reshape(-1, values.shape[-1])
         flat[mask[0]] = 7
         if number == 3:

@@ -48,6 +48,7 @@ def test_what_reads_nsd_reads_it(bids, scanned, tmp_path):
         assert ours.n_images == len(names) and ours.shape == (64, 64)
         np.testing.assert_array_equal(ours.read(wanted), original.read([int(names[i][7:11]) for i in wanted]))
     assert load_captions(layout, wanted) == load_captions(scanned, [int(names[i][7:11]) for i in wanted])
+    assert json.loads(layout.captions("val2017").read_text())["annotations"] == []  # what checks NSD's files wants both
     run = sessions[0].runs[0]
     lab.write_mask(layout, 2, bids / "masks/sub-02.nii.gz", run.path, run.shape)
     layout.betas_path(2).mkdir(parents=True)
