@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -173,6 +174,7 @@ def main() -> None:
     print(f"SIMULATED brain data; {arguments.network}, subjects {' '.join(str(s.subject) for s in plan.subjects)}, "
           f"{plan.config.n_layers} layers, {len(plan.subjects[0].image_ids('train'))} training images at fraction 1, "
           f"{len(plan.subjects[0].image_ids('test'))} test images")  # fmt: skip
+    started = time.perf_counter()
     whole, bases = [load(subject, 1.0, study.settings) for subject in plan.subjects], []
     for place in range(len(whole)):
         bases.append(study.joint([data for other, data in enumerate(whole) if other != place], 1.0)[0])
@@ -187,6 +189,7 @@ def main() -> None:
         for way, models in fitted.items():
             scores[fraction, way] = [study.scores(model, own, subject, vdvae)
                                      for model, own, subject in zip(models, data, plan.subjects)]  # fmt: skip
+        print(f"  fraction {fraction:g}: {time.perf_counter() - started:.0f} s", flush=True)
     print_tables(scores, plan.subjects)
 
 

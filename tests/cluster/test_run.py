@@ -261,9 +261,11 @@ def test_stream_gives_every_row_once_the_same_way_each_time(finished):
         assert n == len(b)
 
 
-def test_workers_share_the_steps_of_one(finished):
+def test_workers_share_the_steps_of_one(finished, monkeypatch):
+    """Also over several blocks, whose numbers of rows are no multiples of the number of workers."""
+    monkeypatch.setattr("nsdray.cluster.data.GROUPS_PER_BLOCK", 1)
     alone = list(stream(finished)(1))
-    for world_size in (2, 3):
+    for world_size in (2, 3, 4):
         workers = [list(stream(finished, rank=rank, world_size=world_size)(1)) for rank in range(world_size)]
         for (betas, targets, n), *shares in zip(alone, *workers, strict=True):
             rows = {b.numpy().tobytes(): t for own in shares for b, t in zip(own[0], own[1])}
