@@ -28,6 +28,7 @@ import numpy as np
 import ray
 from tqdm import tqdm
 
+from nsdray.cluster import metrics
 from nsdray.cluster.run import start_ray
 from nsdray.config import GLMConfig, digest
 from nsdray.glm.design import Design
@@ -307,10 +308,16 @@ def in_order(calls: Iterable[ray.ObjectRef], progress: tqdm) -> Iterator[Any]:
         waiting.append(call)
         if len(waiting) >= most:
             yield ray.get(waiting.popleft())
-            progress.update()
+            advance(progress)
     while waiting:
         yield ray.get(waiting.popleft())
-        progress.update()
+        advance(progress)
+
+
+def advance(progress: tqdm) -> None:
+    """One task more is done."""
+    progress.update()
+    metrics.record("nsdray_queue", progress.total - progress.n, stage="estimate betas", state="submitted")
 
 
 def finish_all(calls: Iterable[ray.ObjectRef], progress: tqdm) -> None:
