@@ -19,7 +19,9 @@ if ! command -v prometheus >/dev/null; then
 fi
 
 mkdir -p "$data/prometheus" "$data/grafana"
-sed "s|/tmp/ray/|${RAY_TMPDIR:-/tmp}/ray/|" "$here/prometheus.yml" >"$data/prometheus.yml"
+ray=${RAY_TMPDIR:-/tmp}/ray
+[ -d "$ray" ] || mkdir -p -m 777 "$ray"  # as Ray makes it, for every user of the machine
+sed "s|/tmp/ray/|$ray/|" "$here/prometheus.yml" >"$data/prometheus.yml"
 running=()
 stop() {
     trap - EXIT INT TERM
