@@ -282,6 +282,7 @@ class TrialLogger(tune.Callback):
 
     def setup(self, *_: Any, **__: Any) -> None:
         self.progress = tqdm(total=self.n_trials, desc="search", unit="trial")
+        self.record_trials([])
 
     def key(self, trial: Any) -> str:
         return f"{self.parent}/{trial.trial_id}"
