@@ -21,6 +21,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
+from ray.train.backend import Backend
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -68,6 +69,14 @@ class RayContext:
             return None
         with checkpoint.as_directory() as folder:
             return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+
+
+class LoneWorker(ray.train.torch.TorchConfig):
+    """For one worker, which needs no process group: PyTorch's rendezvous listens on every interface and asks for no password."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
 
 
 class CurveLogger(UserCallback):
@@ -269,6 +278,7 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"subjects": subjects, "fit": fit},
+        torch_config=None if cluster.n_train_workers > 1 else LoneWorker(),
         scaling_config=ScalingConfig(
             num_workers=cluster.n_train_workers, use_gpu=bool(n_gpus),
             resources_per_worker={"CPU": cluster.cpus_per_train_worker} | ({"GPU": 1} if n_gpus else {}),
