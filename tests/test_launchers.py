@@ -80,16 +80,19 @@ def executable(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    tools, home = tmp_path / "bin", tmp_path / "home"
-    tools.mkdir()
+    checkout, home = tmp_path / "checkout", tmp_path / "home"
+    tools = checkout / ".venv/bin"
+    tools.mkdir(parents=True)
     home.mkdir()
+    (checkout / "jobs").symlink_to(CHECKOUT / "jobs")
+    (tools / "activate").write_text(f'PATH="{tools}:$PATH"\n')
     executable(tools, "scontrol", "echo node07; echo node08")
     executable(tools, "srun", 'while [[ $1 == -* ]]; do [[ $1 == -w ]] && shift; shift; done; exec "$@"')
     executable(tools, "hostname", 'echo "10.1.2.3 192.0.2.9"')
     executable(tools, "ray", 'printf "%s\\n" "$@" > "$RECORD"; env | grep -E "^(RAY|NSDRAY|MLFLOW)" > "$RECORD.env"')
     allocation = {"SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "32",
-                  "SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(CHECKOUT)}  # fmt: skip
-    own = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(home), "RAY_AUTH_TOKEN": "t", "RECORD": str(tmp_path / "record")}
+                  "SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(checkout)}  # fmt: skip
+    own = {"PATH": os.environ["PATH"], "HOME": str(home), "RAY_AUTH_TOKEN": "t", "RECORD": str(tmp_path / "record")}
     return allocation | own
 
 
