@@ -178,13 +178,22 @@ class Store:
             os.replace(partial, full)
         except BaseException as error:
             Path(partial).unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"no space left while writing {full}. Free some, or choose another --store.root; "
-                    "finished shards are kept and the next start goes on from them",
-                ) from error
+            if is_out_of_space(error):
+                raise out_of_space(full) from error
             raise
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def out_of_space(path: str) -> OSError:
+    """The error of a full disk, with what to do."""
+    return OSError(
+        errno.ENOSPC,
+        f"no space left while writing {path}. Free some, or choose another --store.root; "
+        "finished shards are kept and the next start goes on from them",
+    )
 
 
 @dataclass(frozen=True)

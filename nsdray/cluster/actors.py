@@ -245,6 +245,8 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
             while idle and waiting:
                 replica, call = idle.pop(), waiting.pop(0)
                 running[getattr(replicas[replica], call[0]).remote(*call[1])] = replica, call, time.perf_counter()
+            while idle and not waiting:  # let go: a replica whose node is gone may need the room to start again
+                replicas[idle.pop()] = None
             record_queue(calls, waiting, [call for _, call, _ in running.values()])
             for finished in ray.wait(list(running))[0]:
                 replica, call, started = running.pop(finished)

@@ -18,10 +18,10 @@ from nsdray.cluster.preflight import require_cluster, require_inputs, require_ro
 from nsdray.cluster.report import report_file, write_report
 from nsdray.cluster.ridge_report import ridge_scores
 from nsdray.cluster.scores import mean_scores, summary
-from nsdray.cluster.tracking import start_tracker, tracking_uri
+from nsdray.cluster.tracking import settle, start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
-from nsdray.stages import Fit, Plan, SubjectPlan
+from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
 from nsdray.store import Inputs, Store, redacted
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
@@ -47,8 +47,12 @@ def train_all_subjects(plan: Plan) -> None:
             run.embed_test_sets(each)
             run.evaluate_test_sets(each)
             write_report(each)
-            track_results(each, tracker)
+            with contextlib.suppress(ConnectionError):  # there is more to compute meanwhile
+                track_results(each, tracker, 0.0)
         track_published(plan, tracker)
+        for each in (*plan.replicates, plan):
+            if untracked(each):
+                track_results(each, tracker)
 
 
 @contextlib.contextmanager
@@ -57,16 +61,21 @@ def tracking(plan: Plan) -> Iterator[Any]:
     tracker = start_tracker(plan.store)
     try:
         yield tracker
+        settle(plan.store, tracker)
     except BaseException:
-        ray.get(tracker.close.remote("FAILED"))
+        tracker.close.remote("FAILED")
+        with contextlib.suppress(ConnectionError, ValueError):  # neither as important as what has gone wrong
+            settle(plan.store, tracker, seconds=0.0)
         raise
-    ray.get(tracker.close.remote("FINISHED"))
+    tracker.close.remote("FINISHED")
+    settle(plan.store, tracker)
 
 
 def judge(plan: Plan) -> None:
     """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
     require_inputs(plan, ("stimuli", "metrics"))
-    if not plan.report.missing(plan.report_partition, plan.report_wanted):
+    unlogged = [s for s in plan.subjects if plan.tracked(IMAGES).missing(s.folder, {"run.json": run_inputs(s)})]
+    if not (unlogged or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
     run.start_ray(plan)
@@ -78,6 +87,9 @@ def judge(plan: Plan) -> None:
         write_report(plan)
         track_report(plan, tracker)
         track_published(plan, tracker)
+        settle(plan.store, tracker)
+        for subject in unlogged:
+            finish_tracking(subject, IMAGES, parent_key(plan))
 
 
 def noise_sensitivity(plan: Plan) -> str:
@@ -132,6 +144,7 @@ def track_published(plan: Plan, tracker: Any) -> None:
         scores = {("stage2_" if "/" in metric else "latents_") + metric.replace("/", "_"): value
                   for metric, value in record.values.items()}  # fmt: skip
         ray.get(tracker.log_result.remote(key, scores, {}, {}))
+    settle(plan.store, tracker, ["the published figures"] + [run_name(*pair) for pair in untracked(plan)])
     stage.claim()
     plan.store.write_bytes(f"{stage.folder}/all/run.json", b"{}")
     stage.finish("all", wanted)
@@ -153,9 +166,13 @@ def start_runs(plan: Plan, tracker: Any) -> None:
         params = {"model": model, "subject": subject.subject, "n_layers": plan.config.n_layers,
                   "n_voxels": len(subject.voxels.index), "n_train": len(subject.image_ids("train")),
                   "n_test": len(subject.image_ids("test"))} | flatten(plan.config.settings(model))  # fmt: skip
-        name = f"{model}-{plan.config.n_layers} subject {subject.subject}"
         own_tags = tags | {"model": model, "subject": str(subject.subject)}
-        ray.get(tracker.start.remote(subject.run_key(model), name, params, own_tags, parent))
+        ray.get(tracker.start.remote(subject.run_key(model), run_name(subject, model), params, own_tags, parent))
+
+
+def run_name(subject: SubjectPlan, model: str) -> str:
+    """What the run of a subject and model is called."""
+    return f"{model}-{subject.plan.config.n_layers} subject {subject.subject}"
 
 
 def parent_key(plan: Plan) -> str:
@@ -184,10 +201,12 @@ def track_report(plan: Plan, tracker: Any) -> None:
     ray.get(tracker.log_result.remote(parent_key(plan), scores, {"report": plan.report.uri(plan.report_partition)}, files))
 
 
-def track_results(plan: Plan, tracker: Any) -> None:
-    """Log scores, curves, checkpoints and grids of everything that is not in MLflow yet."""
+def track_results(plan: Plan, tracker: Any, seconds: float | None = None) -> None:
+    """Log scores, curves, checkpoints and grids of everything that is not in MLflow yet. seconds: see `settle`."""
     track_report(plan, tracker)
     for subject, model in tqdm(untracked(plan), desc="log to MLflow", unit="run"):
+        names = [run_name(*pair) for pair in untracked(plan)]
+        settle(plan.store, tracker, names, seconds)  # so that the files of one run wait in memory, not those of all
         key, folder = subject.run_key(model), f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
         sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
         if "history.json" in sizes:
@@ -199,7 +218,13 @@ def track_results(plan: Plan, tracker: Any) -> None:
         means = mean_scores(subject, model).items()
         scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means} | ridge_scores(subject)
         ray.get(tracker.log_result.remote(key, scores, {"decoder": plan.store.uri(folder)}, files))
-        stage = plan.tracked(model)
-        stage.claim()
-        plan.store.write_bytes(f"{stage.folder}/{subject.folder}/run.json", json.dumps({"mlflow key": key}).encode())
-        stage.finish(subject.folder, {"run.json": run_inputs(subject)})
+        settle(plan.store, tracker, names, seconds)
+        finish_tracking(subject, model, key)
+
+
+def finish_tracking(subject: SubjectPlan, model: str, key: str) -> None:
+    """Note that results are in MLflow."""
+    stage = subject.plan.tracked(model)
+    stage.claim()
+    stage.store.write_bytes(f"{stage.folder}/{subject.folder}/run.json", json.dumps({"mlflow key": key}).encode())
+    stage.finish(subject.folder, {"run.json": run_inputs(subject)})

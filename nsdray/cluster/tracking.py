@@ -1,19 +1,27 @@
 """MLflow, written by one process: an actor that finds its runs again by a tag.
 
 Only `MlflowClient` is used: no active run, no global tracking URI. Everything is idempotent: a job that was killed and
-started again writes into the same runs.
+started again writes into the same runs. What is to be written is kept in order and sent by a thread, so a server that is
+away holds up nothing; `settle` waits for it before results count as logged.
 """
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from typing import Any, NamedTuple
 
 import ray
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from tqdm import tqdm
 
 from nsdray.store import Store, redacted
 
@@ -21,6 +29,10 @@ EXPERIMENT = "nsdray"
 KEY = "nsdray.key"
 PARENT = "mlflow.parentRunId"
 CURVES = ("train_loss", "val_loss", "val_mse", "val_mae", "learning_rate", "samples_per_s")
+RETRY_S = 2.0
+"""Seconds between attempts to write to a server that is away."""
+WAIT_S = 600.0
+"""Seconds that a job with nothing left to compute waits for the server."""
 
 
 def tracking_uri(store: Store) -> str:
@@ -36,54 +48,133 @@ def tracking_uri(store: Store) -> str:
     return f"sqlite:///{store.base}/mlflow.db"
 
 
+class State(NamedTuple):
+    """How far a tracker is."""
+
+    unsent: list[str]
+    """Names of the runs for which something is still to be written."""
+    trouble: str
+    """Why the last attempt failed, if MLflow is away."""
+    refused: list[str]
+    """What MLflow would not take, and why."""
+
+
 class Tracker:
-    """Writes runs to MLflow. Keys are stage folders, e.g. ``metrics/gru-15-3f2a…/subject=01``."""
+    """Writes runs to MLflow. Keys are stage folders, e.g. ``metrics/gru-15-3f2a…/subject=01``. Methods return at once."""
 
     def __init__(self, uri: str, artifacts: str | None):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its seven take minutes; here, retrying costs nobody time
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
         self.client = MlflowClient(tracking_uri=uri)
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
-        self.experiment = (
-            experiment.experiment_id if experiment else self.client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        )
+        self.artifacts, self.experiment = artifacts, ""
         self.runs: dict[str, str] = {}
+        self.names: dict[str, str] = {}
+        self.epochs: dict[str, set[int]] = {}
+        self.queue: Queue[tuple[str, Callable[..., None], tuple]] = Queue()
+        self.unsent: Counter[str] = Counter()
+        self.trouble, self.refused = "", []
 
-    def start(self, key: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> str:
-        """Find the run with this key, or create it; returns its id."""
-        if key not in self.runs:
-            found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-            if found:
-                run = found[0]
-                self.client.update_run(run.info.run_id, "RUNNING")
-            else:
-                own = {KEY: key, "mlflow.runName": name} | ({PARENT: self.runs[parent]} if parent else {})
-                run = self.client.create_run(self.experiment, tags=tags | own)
-            self.runs[key] = run.info.run_id
-            if not run.data.params:
-                self.client.log_batch(run.info.run_id, params=[Param(k, redacted(str(v))[:500]) for k, v in params.items()])
-        return self.runs[key]
+    def connect(self) -> State:
+        """Try to reach MLflow, and send from here on."""
+        try:
+            self._find_experiment()
+        except (MlflowException, OSError) as error:
+            if not is_away(error):
+                raise
+            self.trouble = one_line(error)
+        threading.Thread(target=self._send, daemon=True).start()
+        return self.state()
+
+    def state(self) -> State:
+        return State([name for name, n in self.unsent.items() if n], self.trouble, self.refused)
+
+    def start(self, key: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> None:
+        """Find the run with this key, or create it."""
+        if key not in self.names:
+            self.names[key] = name
+            self._later(key, self._start, name, params, tags, parent)
 
     def log_epoch(self, key: str, metrics: dict[str, float]) -> None:
-        """One point of every learning curve."""
-        now, step = int(time.time() * 1000), int(metrics["epoch"])
-        points = [Metric(name, float(metrics[name]), now, step) for name in CURVES]
-        self.client.log_batch(self.runs[key], metrics=points)
+        """One point of every learning curve, unless it is there, or the run was logged as a whole by an earlier job."""
+        if key in self.names:
+            self._later(key, self._log_epoch, metrics, now())
 
     def complete_curves(self, key: str, history: list[dict[str, float]]) -> None:
         """Log the epochs that are not there yet (lost when a job was killed)."""
-        logged = {point.step for point in self.client.get_metric_history(self.runs[key], CURVES[0])}
         for metrics in history:
-            if metrics["epoch"] not in logged:
-                self.log_epoch(key, metrics)
+            self.log_epoch(key, metrics)
 
     def log_result(
         self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], step: int = 0
     ) -> None:
         """Scores (final ones, or those of a step), tags and artifacts (name to contents)."""
-        now = int(time.time() * 1000)
+        self._later(key, self._log_result, scores, tags, files, now(), step)
+
+    def close(self, status: str) -> None:
+        """End all runs that were started, "FINISHED" or "FAILED"."""
+        for key in self.names:
+            self._later(key, self._end, status)
+
+    # The sending thread.
+
+    def _later(self, key: str, write: Callable[..., None], *arguments: Any) -> None:
+        self.unsent[self.names.get(key, key)] += 1
+        self.queue.put((key, write, arguments))
+
+    def _send(self) -> None:
+        while True:
+            key, write, arguments = self.queue.get()
+            name = self.names.get(key, key)
+            while not self._sent(name, key, write, arguments):
+                time.sleep(RETRY_S)
+            self.unsent[name] -= 1
+
+    def _sent(self, name: str, key: str, write: Callable[..., None], arguments: tuple) -> bool:
+        """Whether a write is done with: False if it must be tried again."""
+        try:
+            if not self.experiment:
+                self._find_experiment()
+            write(key, *arguments)
+        except Exception as error:
+            if is_away(error):
+                self.trouble = one_line(error)
+                return False
+            self.refused.append(f"{name}: {one_line(error)}")
+        self.trouble = ""
+        return True
+
+    def _find_experiment(self) -> None:
+        found = self.client.get_experiment_by_name(EXPERIMENT)
+        self.experiment = (
+            found.experiment_id if found else self.client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
+        )
+
+    def _start(self, key: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str | None) -> None:
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        if found:
+            run = found[0]
+            self.client.update_run(run.info.run_id, "RUNNING")
+            self.epochs[key] = {point.step for point in self.client.get_metric_history(run.info.run_id, CURVES[-1])}
+        else:
+            own = {KEY: key, "mlflow.runName": name} | ({PARENT: self.runs[parent]} if parent else {})
+            run = self.client.create_run(self.experiment, tags=tags | own)
+        self.runs[key] = run.info.run_id
+        if not run.data.params:
+            self.client.log_batch(run.info.run_id, params=[Param(k, redacted(str(v))[:500]) for k, v in params.items()])
+
+    def _log_epoch(self, key: str, metrics: dict[str, float], when: int) -> None:
+        step, logged = int(metrics["epoch"]), self.epochs.setdefault(key, set())
+        if step not in logged:
+            points = [Metric(name, float(metrics[name]), when, step) for name in CURVES]
+            self.client.log_batch(self.runs[key], metrics=points)
+            logged.add(step)
+
+    def _log_result(self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], when: int,
+                    step: int) -> None:  # fmt: skip
         self.client.log_batch(
             self.runs[key],
-            metrics=[Metric(name, value, now, step) for name, value in scores.items()],
+            metrics=[Metric(name, value, when, step) for name, value in scores.items()],
             tags=[RunTag(name, redacted(value)) for name, value in tags.items()],
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -94,19 +185,69 @@ class Tracker:
             if files:
                 self.client.log_artifacts(self.runs[key], folder)
 
-    def close(self, status: str) -> None:
-        """End all runs that were started, "FINISHED" or "FAILED"."""
-        for run in self.runs.values():
-            self.client.set_terminated(run, status)
+    def _end(self, key: str, status: str) -> None:
+        self.client.set_terminated(self.runs[key], status)
+
+
+def now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a write that failed may succeed later: nobody answers, or the server (or a database's disk) is in trouble."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() >= 500 or error.get_http_status_code() == 429
+    return isinstance(error, OSError)
+
+
+def one_line(error: Exception) -> str:
+    """The error, or its end if it is long: the cause comes last."""
+    text = redacted(" ".join(f"{type(error).__name__}: {error}".split()))
+    return text if len(text) <= 200 else f"… {text[-200:]}"
 
 
 def start_tracker(store: Store) -> Any:
-    """The tracker's actor, on this node."""
+    """The tracker's actor, on this node. If MLflow does not answer, that is said, and what is to be logged is kept."""
     here = ray.get_runtime_context().get_node_id()
     actor = ray.remote(num_cpus=0)(Tracker).options(
         scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
     )
-    return actor.remote(tracking_uri(store), artifacts_location(store))
+    uri = tracking_uri(store)
+    tracker = actor.remote(uri, artifacts_location(store))
+    state = ray.get(tracker.connect.remote())
+    if state.trouble:
+        tqdm.write(f"  warning: MLflow at {redacted(uri)} does not answer; what is to be logged is kept and sent later "
+                   f"({state.trouble})")  # fmt: skip
+    return tracker
+
+
+def settle(store: Store, tracker: Any, others: Iterable[str] = (), seconds: float | None = None) -> None:
+    """Wait until everything has been written, if MLflow is away for `seconds` at most (None: WAIT_S). ConnectionError with the
+    runs that are not logged, which are those and others; ValueError if MLflow refused something."""
+    seconds, uri, since, progress = WAIT_S if seconds is None else seconds, redacted(tracking_uri(store)), None, None
+    try:
+        while (state := ray.get(tracker.state.remote())).unsent and not state.refused:
+            since = (since or time.monotonic()) if state.trouble else None
+            away = time.monotonic() - since if since else 0.0
+            if state.trouble and away >= seconds:
+                runs = list(dict.fromkeys([*others, *state.unsent]))
+                raise ConnectionError(
+                    f"MLflow at {uri} has not answered for {seconds:g} seconds ({state.trouble}). Not logged: {', '.join(runs)}. "
+                    f"All results are below {redacted(store.root)}. Start the server, then the job again: it computes nothing "
+                    "that is finished, and logs these."
+                )
+            if state.trouble:
+                progress = progress or tqdm(total=round(seconds), desc=f"wait for MLflow at {uri}", unit="s")
+                progress.update(round(away) - progress.n)
+            time.sleep(0.1)
+    finally:
+        if progress is not None:
+            progress.close()
+    if state.refused:
+        raise ValueError(f"MLflow at {uri} refused: {'; '.join(state.refused[:3])}")
 
 
 def artifacts_location(store: Store) -> str | None:

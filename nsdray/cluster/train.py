@@ -20,7 +20,16 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.backend import Backend
 from safetensors.torch import save
 from tqdm import tqdm
@@ -35,7 +44,7 @@ from nsdray.regressors.scaling import Moments, moments
 from nsdray.regressors.shared import SharedRegressor, is_trunk, pack, subject_state, with_trunk
 from nsdray.seeds import derive
 from nsdray.stages import Fit, Plan, SubjectPlan
-from nsdray.store import Store
+from nsdray.store import Store, is_out_of_space, out_of_space
 from nsdray.training import Context, DivergedError, free_memory, predict, require_memory, train
 
 
@@ -295,11 +304,20 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
     forget_broken_run(plan.store, f"training/{name}")
     try:
         result = trainer.fit().return_value
-    except WorkerGroupError as error:  # tell what went wrong in the worker
-        raise next(iter(error.worker_failures.values()), error) from error
+    except TrainingFailedError as error:
+        cause = cause_of(error)
+        raise (out_of_space(plan.store.path(f"training/{name}")) if is_out_of_space(cause) else cause) from error
     if isinstance(result, DivergedError):
         raise DivergedError(f"{plan.label(fit)}, subject {', '.join(str(s.subject) for s in subjects)}: {result}")
     return result
+
+
+def cause_of(error: TrainingFailedError) -> BaseException:
+    """What went wrong in the worker or in Ray Train's controller, without Ray Train's wrapping."""
+    if isinstance(error, WorkerGroupError):
+        first = next(iter(error.worker_failures.values()), error)
+        return getattr(first, "_base_exc", first)
+    return getattr(error, "controller_failure", error)
 
 
 def forget_broken_run(store: Store, folder: str) -> None:
