@@ -31,15 +31,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nsdray.cluster.data import read_columns
-from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK
+from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK, pieces_of
 from nsdray.models.vdvae import VDVAEConfig
-from nsdray.regressors.linalg import find_device
+from nsdray.regressors.linalg import Scratch, find_device
 from nsdray.regressors.ridge import ridge_kernel
 from nsdray.regressors.ridge_grid import Smoothers, ahead, fit_block, make_smoothers
 from nsdray.regressors.scaling import moments, zscore
@@ -181,17 +182,21 @@ def solve_blocks(folder: str, sizes: Sizes, dtype: str, with_moments: bool, todo
     arrays = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("rows", "held_out", "test"))
     smoothers, n_targets, checked = Smoothers((ALPHA,), *arrays).to(device), 0, None
 
+    def blocks_read() -> Iterator[tuple[bool, np.ndarray]]:
+        for (kind, names), memory in zip(todo, cycle((Scratch(), Scratch()))):
+            half = read_columns(stage_of(folder, f"targets/{kind}"), "train", parts, names, sizes.n_train, memory)
+            yield kind == "clip_vision" and names[0] == CHECKED, half
+
     def pieces() -> Iterator[tuple[bool, TargetBlock]]:
-        for kind, names in todo:
-            half = read_columns(stage_of(folder, f"targets/{kind}"), "train", parts, names, sizes.n_train)
-            for start in range(0, half.shape[1], N_TARGETS_BLOCK):
-                is_checked = kind == "clip_vision" and names[0] == CHECKED and start == 0
-                yield is_checked, centre_targets(half[:, start : start + N_TARGETS_BLOCK], np.dtype(dtype), device)
+        scratch = Scratch()
+        for is_checked, half in ahead(blocks_read()):
+            for own in pieces_of(half.shape[1]):
+                yield is_checked and own.start == 0, centre_targets(half[:, own], np.dtype(dtype), device, scratch=scratch)
 
     with open(Path(folder) / f"predictions-{os.getpid()}.bin", "ab") as file:
-        for is_checked, block in ahead(pieces()):
+        for is_checked, block in pieces():
             fitted = fit_block(smoothers, block)
-            predictions = fitted.test.astype(np.float32, copy=False)
+            predictions = fitted.test(np.float32)
             predictions.tofile(file)
             if with_moments:
                 fitted.left_out_moments()

@@ -20,7 +20,7 @@ def run() -> None:
     plan = plan_from_command_line(__doc__)
     for folder in search(plan.config):
         print(f"\n{plan.store.read_bytes(f'{folder}/table.txt').decode()}")
-        print(f"charts: {plan.store.uri(folder)}/cost.svg, depth.svg")
+        print(f"charts: {plan.store.uri(folder)}/parameters.svg, training.svg, decoding.svg, depth.svg")
         print(f"the best, for jobs/train_all_subjects.py: {plan.store.uri(folder)}/best.json")
         print(f"report: {plan.store.uri(folder)}/report.html")
 

@@ -154,12 +154,13 @@ class Dots:
 
 
 def dot_chart(
-    groups: Mapping[str, Dots], x_label: str, y_label: str, front: tuple[Sequence[float], Sequence[float]] | None = None
+    groups: Mapping[str, Dots], x_label: str, y_label: str, fronts: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> bytes:
-    """Labelled points over a logarithmic x axis as SVG. front: x and y of a line through the best of them."""
+    """Labelled points over a logarithmic x axis as SVG. fronts: x and y of lines through the best; the first stands out."""
     canvas, axes = _chart()
-    if front is not None:
-        axes.step(*front, where="post", color="#9aa5b4", linewidth=1.2, label="Pareto front", zorder=1)
+    for i, (name, front) in enumerate(fronts.items()):
+        style = ("#6b7686", 1.6, "-") if i == 0 else ("#b6bfca", 0.9, ("--", ":", "-.")[i % 3])
+        axes.step(*front, where="post", label=name, zorder=1, **dict(zip(("color", "linewidth", "linestyle"), style)))
     for (name, dots), colour in zip(groups.items(), COLOURS * len(groups)):
         axes.scatter(dots.x, dots.y, s=28, color=colour, label=name, zorder=2)
         for x, y, label in zip(dots.x, dots.y, dots.labels):

@@ -293,11 +293,13 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    meminfo, limit, used = (Path(p) for p in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    limit, used, stat = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if meminfo.is_file():
         found += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        found.append(int(limit.read_text()) - int(used.read_text()))
+        cached = dict(line.split() for line in stat.read_text().splitlines()).get("inactive_file", 0)  # given back when wanted
+        found.append(int(limit.read_text()) - int(used.read_text()) + int(cached))
     return min(found)
 
 

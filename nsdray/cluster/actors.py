@@ -83,13 +83,11 @@ class Replica:
     @property
     def memory(self) -> float:
         """Bytes of this replica's share of the machine."""
-        if self.device == "cuda":
-            return torch.cuda.get_device_properties(0).total_memory * min(1.0, self.config.cluster.gpus_per_replica)
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
+        return memory_share(self.device, self.config.cluster.gpus_per_replica)
 
     def precision(self, dtype: str) -> AbstractContextManager:
-        """Autocast to bfloat16, if that is the dtype."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
+        """See `precision`."""
+        return precision(self.device, dtype)
 
     def vdvae_batch(self) -> int:
         """Images per pass through the VDVAE: as configured, or what fits."""
@@ -300,6 +298,18 @@ def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int
     if n > max(1, fits):
         raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
     return max(1, min(n, n_calls)), resources
+
+
+def precision(device: str, dtype: str) -> AbstractContextManager:
+    """Autocast to bfloat16, if that is the dtype."""
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def memory_share(device: str, gpus: float) -> float:
+    """Bytes of a share of a GPU ("cuda"), or of a CPU's share of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory * min(1.0, gpus)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
 
 
 def vdvae_bytes(config: VDVAEConfig) -> int:

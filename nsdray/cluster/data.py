@@ -23,6 +23,7 @@ import torch
 from nsdray.cluster.metrics import record, subject_label
 from nsdray.nsd.betas import SCALE, dead_voxels, read_session
 from nsdray.nsd.repeats import draw_repeats
+from nsdray.regressors.linalg import Scratch
 from nsdray.regressors.scaling import moments, zscore
 from nsdray.seeds import rng
 from nsdray.stages import Part, SubjectPlan
@@ -94,20 +95,25 @@ def read_samples(subject: SubjectPlan, split: str) -> tuple[np.ndarray, np.ndarr
     return ids, betas
 
 
-def read_targets(subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae") -> np.ndarray:
-    """Targets of one split, flattened and side by side: float16 (n_samples, n_targets)."""
-    parts = [part.name for part in subject.parts(split)]
-    return read_columns(subject.plan.targets(kind), subject.targets(split), parts, columns, len(subject.image_ids(split)))
+def read_targets(
+    subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae", scratch: Scratch | None = None
+) -> np.ndarray:
+    """Targets of one split, flattened and side by side: float16 (n_samples, n_targets). scratch: where to."""
+    parts, n_rows = [part.name for part in subject.parts(split)], len(subject.image_ids(split))
+    return read_columns(subject.plan.targets(kind), subject.targets(split), parts, columns, n_rows, scratch)
 
 
-def read_columns(stage: Stage, partition: str, parts: Sequence[str], columns: Sequence[str], n_rows: int) -> np.ndarray:
-    """Array columns of some parts (n_rows in all), flattened and side by side: (n_rows, n_values) in the columns' dtype."""
+def read_columns(
+    stage: Stage, partition: str, parts: Sequence[str], columns: Sequence[str], n_rows: int, scratch: Scratch | None = None
+) -> np.ndarray:
+    """Array columns of some parts (n_rows in all), flattened and side by side: (n_rows, n_values) in the columns' dtype.
+    scratch: where to."""
     out, start = None, 0
     for part in parts:
         data = stage.read(partition, part, columns)
         views = [view_column(data, name).reshape(data.num_rows, -1) for name in columns]
         if out is None:
-            out = np.empty((n_rows, sum(view.shape[1] for view in views)), views[0].dtype)
+            out = (scratch or Scratch()).empty((n_rows, sum(view.shape[1] for view in views)), views[0].dtype)
         np.concatenate(views, 1, out=out[start : start + data.num_rows])
         start += data.num_rows
     assert start == n_rows, f"{stage.uri(partition)} holds {start} rows, not {n_rows}"

@@ -85,7 +85,8 @@ def score_section(plan: Plan) -> Section:
                 cells = [show(own.get(f"{name}/matched")) for name in columns]
                 rows.append(Row([Cell(LABELS.get(model, model)), *cells], model in LABELS))
             if spreads.get(model):
-                cells = [Cell(f"{spreads[model][f'{name}/matched']:.4f}") for name in columns]
+                found = (spreads[model].get(f"{name}/matched") for name in columns)
+                cells = [Cell("–" if sd is None else f"{sd:.4f}") for sd in found]
                 rows.append(Row([Cell(f"SD of {model} over seeds {', '.join(map(str, seeds_of(plan)))}"), *cells], True))
         first = estimates[plan.models[0]]
         for pairing, label in (("chance", "chance (wrong pairs)"), ("ceiling", "ceiling (from the truth)")):
@@ -107,7 +108,8 @@ def difference_tables(plan: Plan) -> list[Table]:
     for model in others:
         own = pooled(plan, model)
         keys = [f"{name}/matched" for name in columns]
-        rows.append(Row([Cell(f"{model} − {first}"), *(show(paired_difference(own[k], base[k], n)) for k in keys)]))
+        cells = (show(paired_difference(own[key], base[key], n) if key in own else None) for key in keys)
+        rows.append(Row([Cell(f"{model} − {first}"), *cells]))
     if not rows:
         return []
     return [Table(["paired by image", *columns], rows, "Differences between models", folded=True)]
@@ -170,13 +172,13 @@ def curve_section(plan: Plan) -> Section | None:
 def columns_of(subject: SubjectPlan, rows: np.ndarray | slice) -> dict[str, np.ndarray]:
     """Pictures of some test images: seen | each model's stages | the last stage from the truth."""
     plan = subject.plan
-    columns = {"seen": run.seen_pictures(subject)[rows]}
+    columns = {"seen": run.seen_pictures(subject, rows)}
     if plan.is_referee:
-        return columns | {IMAGES: run.decoded_pictures(subject, IMAGES, IMAGES)[rows]}
+        return columns | {IMAGES: run.decoded_pictures(subject, IMAGES, IMAGES, rows)}
     for model in plan.models:
         for number, stage in enumerate(plan.picture_stages, 1):
-            columns[f"{model}, stage {number}"] = run.decoded_pictures(subject, model, stage)[rows]
-    columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1])[rows]
+            columns[f"{model}, stage {number}"] = run.decoded_pictures(subject, model, stage, rows)
+    columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1], rows)
     return columns
 
 
@@ -189,21 +191,24 @@ def subject_grid(subject: SubjectPlan) -> bytes:
 
 
 def picture_section(subject: SubjectPlan) -> Section:
-    """A subject's best, median and worst images by the first model, and random ones."""
+    """A subject's best, median and worst images by the first model, as a semantic and a pixel metric say, and random ones."""
     plan, model = subject.plan, subject.plan.models[0]
     scores = {"/".join(key): group["value"].to_numpy() for key, group in
               scores_of(subject, model).groupby(["stage", "metric", "pairing"], observed=True, sort=False)}  # fmt: skip
     names = [f"{plan.picture_stages[-1]}/{metric.name}/matched" for metric in plan.suite_metrics]
-    semantic = [name for name, metric in zip(names, plan.suite_metrics) if metric.comparison == "two_way"]
-    name = next(name for name in [*semantic, *names] if name in scores)
-    order, n = np.argsort(-scores[name], kind="stable"), len(scores[name])
-    k = min(N_EXTREMES, n)
+    semantic = [name for name, metric in zip(names, plan.suite_metrics) if metric.comparison == "two_way" and name in scores]
+    pixel = next(name for name in names if name not in semantic and name in scores)
+    n = len(scores[pixel])
+    k, chosen = min(N_EXTREMES, n), {}
     middle = max(0, n // 2 - k // 2)
-    chosen = {"best": order[:k], "median": order[middle : middle + k], "worst": order[-k:],
-              "random": rng(plan.config.seed, "report", subject.subject).permutation(n)[:k]}  # fmt: skip
+    for name in (*semantic[:1], pixel):
+        stage, _, metric = name.removesuffix("/matched").partition("/")
+        order = np.lexsort((-scores[pixel], -scores[name]))  # the pixel metric decides between equals
+        places = {"best": order[:k], "median": order[middle : middle + k], "worst": order[-k:]}
+        chosen |= {f"{label} by {metric}": rows for label, rows in places.items()}
+    chosen["random"] = rng(plan.config.seed, "report", subject.subject).permutation(n)[:k]
     figures = [Figure(png(picture_grid(columns_of(subject, rows), f"{label} of {n}")), label) for label, rows in chosen.items()]
-    stage, _, metric = name.removesuffix("/matched").partition("/")
-    text = [f"Best, median and worst by {metric} of {model}'s {stage}; random ones whatever their score."]
+    text = [f"Best, median and worst by scores of {model}'s {stage}; random ones whatever their score."]
     return Section(f"Subject {subject.subject}", text, figures=figures, side_by_side=True)
 
 

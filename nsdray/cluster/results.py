@@ -21,7 +21,7 @@ from nsdray.cluster.scores import mean_scores, summary
 from nsdray.cluster.tracking import settle, start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
-from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
+from nsdray.stages import IMAGES, STAGE2_ONLY, Fit, Plan, SubjectPlan
 from nsdray.store import Inputs, Store, redacted
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
@@ -30,14 +30,15 @@ CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets thei
 def train_all_subjects(plan: Plan) -> None:
     """Bring everything up to date, from raw NSD to MLflow. Finished stages are skipped."""
     require_inputs(plan)
-    if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
+    everything = (*plan.replicates, plan)
+    if not (any(map(untracked, everything)) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
     require_room(plan)
     run.start_ray(plan)
     with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
         require_cluster(plan)
-        for each in (*plan.replicates, plan):
+        for each in everything:
             start_runs(each, tracker)
             run.prepare_betas(each)
             run.extract_targets(each)
@@ -47,12 +48,9 @@ def train_all_subjects(plan: Plan) -> None:
             run.embed_test_sets(each)
             run.evaluate_test_sets(each)
             write_report(each)
-            with contextlib.suppress(ConnectionError):  # there is more to compute meanwhile
-                track_results(each, tracker, 0.0)
+        for each in everything:
+            track_results(each, tracker)
         track_published(plan, tracker)
-        for each in (*plan.replicates, plan):
-            if untracked(each):
-                track_results(each, tracker)
 
 
 @contextlib.contextmanager
@@ -65,7 +63,7 @@ def tracking(plan: Plan) -> Iterator[Any]:
     except BaseException:
         tracker.close.remote("FAILED")
         with contextlib.suppress(ConnectionError, ValueError):  # neither as important as what has gone wrong
-            settle(plan.store, tracker, seconds=0.0)
+            settle(plan.store, tracker, seconds=5.0)
         raise
     tracker.close.remote("FINISHED")
     settle(plan.store, tracker)
@@ -74,8 +72,7 @@ def tracking(plan: Plan) -> Iterator[Any]:
 def judge(plan: Plan) -> None:
     """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
     require_inputs(plan, ("stimuli", "metrics"))
-    unlogged = [s for s in plan.subjects if plan.tracked(IMAGES).missing(s.folder, {"run.json": run_inputs(s)})]
-    if not (unlogged or plan.report.missing(plan.report_partition, plan.report_wanted)):
+    if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
     run.start_ray(plan)
@@ -85,11 +82,8 @@ def judge(plan: Plan) -> None:
         run.embed_test_sets(plan)
         run.evaluate_test_sets(plan)
         write_report(plan)
-        track_report(plan, tracker)
+        track_results(plan, tracker)
         track_published(plan, tracker)
-        settle(plan.store, tracker)
-        for subject in unlogged:
-            finish_tracking(subject, IMAGES, parent_key(plan))
 
 
 def noise_sensitivity(plan: Plan) -> str:
@@ -141,10 +135,11 @@ def track_published(plan: Plan, tracker: Any) -> None:
         params = {"system": record.system, "subject": subjects, "n_layers": record.n_layers, "reference": record.source}
         tags = {"source": "published", "data": "nsd", "caution": record.caution}
         ray.get(tracker.start.remote(key, name, params, tags))
-        scores = {("stage2_" if "/" in metric else "latents_") + metric.replace("/", "_"): value
+        scores = {metric_name(f"stage2/{metric}" if "/" in metric else f"latents/{metric}"): value
                   for metric, value in record.values.items()}  # fmt: skip
         ray.get(tracker.log_result.remote(key, scores, {}, {}))
-    settle(plan.store, tracker, ["the published figures"] + [run_name(*pair) for pair in untracked(plan)])
+        ray.get(tracker.finish.remote(key))
+    settle(plan.store, tracker, ["the published figures"])
     stage.claim()
     plan.store.write_bytes(f"{stage.folder}/all/run.json", b"{}")
     stage.finish("all", wanted)
@@ -152,27 +147,43 @@ def track_published(plan: Plan, tracker: Any) -> None:
 
 def untracked(plan: Plan) -> list[tuple[SubjectPlan, str]]:
     """Subjects and models whose results are not in MLflow yet."""
-    pairs = [] if plan.is_referee else [(subject, model) for model in plan.models for subject in plan.subjects]
+    pairs = [(subject, model) for model in plan.models for subject in plan.subjects]
     return [(s, m) for s, m in pairs if plan.tracked(m).missing(s.folder, {"run.json": run_inputs(s)})]
 
 
 def start_runs(plan: Plan, tracker: Any) -> None:
-    """Open the parent run, and one run per subject and model that is not in MLflow yet."""
-    tags = {"data": "simulated" if plan.is_simulated else "nsd"}
-    parent = parent_key(plan)
-    name = plan.config.evaluation.images or plan.config.recipe
-    ray.get(tracker.start.remote(parent, name, flatten(dataclasses.asdict(plan.config)), tags))
+    """Open the parent run; below it one per model or control for the means over subjects, and one per subject and model that is
+    not in MLflow yet."""
+    tags, config, parent = {"data": "simulated" if plan.is_simulated else "nsd"}, plan.config, parent_key(plan)
+    name = f"{config.evaluation.images or config.recipe}{suffix(plan)}"
+    ray.get(tracker.start.remote(parent, name, flatten(dataclasses.asdict(config)), tags))
+    subjects = "-".join(str(subject.subject) for subject in plan.subjects)
+    for model in plan.sources:
+        params = {"model": model, "subject": subjects} | ({} if plan.is_referee else {"n_layers": config.n_layers})
+        own = f"{parent}/{model}", f"{label(plan, model)}, subjects {subjects}{suffix(plan)}"
+        ray.get(tracker.start.remote(*own, params, tags | {"model": model, "subject": subjects}, parent))
     for subject, model in untracked(plan):
-        params = {"model": model, "subject": subject.subject, "n_layers": plan.config.n_layers,
-                  "n_voxels": len(subject.voxels.index), "n_train": len(subject.image_ids("train")),
-                  "n_test": len(subject.image_ids("test"))} | flatten(plan.config.settings(model))  # fmt: skip
+        params = {"model": model, "subject": subject.subject, "n_test": len(subject.image_ids("test"))}
+        if not plan.is_referee:
+            params |= {"n_layers": config.n_layers, "n_voxels": len(subject.voxels.index),
+                       "n_train": len(subject.image_ids("train"))} | flatten(config.settings(model))  # fmt: skip
         own_tags = tags | {"model": model, "subject": str(subject.subject)}
         ray.get(tracker.start.remote(subject.run_key(model), run_name(subject, model), params, own_tags, parent))
 
 
+def suffix(plan: Plan) -> str:
+    """Beside NSD's figures, a name that warns."""
+    return " (SIMULATED)" if plan.is_simulated else ""
+
+
+def label(plan: Plan, model: str) -> str:
+    """A model's or control's name, with its depth if it has one."""
+    return model if plan.is_referee or model in STAGE2_ONLY else f"{model}-{plan.config.n_layers}"
+
+
 def run_name(subject: SubjectPlan, model: str) -> str:
     """What the run of a subject and model is called."""
-    return f"{model}-{subject.plan.config.n_layers} subject {subject.subject}"
+    return f"{label(subject.plan, model)} subject {subject.subject}{suffix(subject.plan)}"
 
 
 def parent_key(plan: Plan) -> str:
@@ -188,37 +199,47 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def metric_name(name: str) -> str:
+    """MLflow's name of a score: "stage2/mini/ssim/matched" is stage2_mini_ssim, and so is that of pictures made elsewhere."""
+    return name.removesuffix("/matched").replace(f"{IMAGES}/", "stage2/").replace("/", "_").replace(" ", "_")
+
+
 def track_report(plan: Plan, tracker: Any) -> None:
-    """Log the report, and all means, to the plan's own run."""
-    scores = {f"{model}_{name.removesuffix('/matched')}": estimate.mean
-              for model in plan.sources for name, estimate in summary(plan, model).items()}  # fmt: skip
-    files = {name: report_file(plan, name) for name in plan.report_wanted}
-    curves = noise_curves(plan)
+    """Log the report to the plan's own run, and the means over subjects of each model and control to theirs."""
+    parent = parent_key(plan)
+    for model in plan.sources:
+        scores = {metric_name(name): estimate.mean for name, estimate in summary(plan, model).items()}
+        ray.get(tracker.log_result.remote(f"{parent}/{model}", scores, {}, {}))
+        ray.get(tracker.finish.remote(f"{parent}/{model}"))
+    files, scores, curves = {name: report_file(plan, name) for name in plan.report_wanted}, {}, noise_curves(plan)
     if curves is not None:
-        scores |= {f"noise {label}_{metric}": e.mean for label, own in curves.items() for metric, e in own.items()}
+        scores = {metric_name(f"noise {noise}/{metric}"): e.mean for noise, own in curves.items() for metric, e in own.items()}
         files["noise.txt"] = noise_table(plan, curves).encode()
-    scores = {name.replace("/", "_").replace(" ", "_"): value for name, value in scores.items()}
-    ray.get(tracker.log_result.remote(parent_key(plan), scores, {"report": plan.report.uri(plan.report_partition)}, files))
+    ray.get(tracker.log_result.remote(parent, scores, {"report": plan.report.uri(plan.report_partition)}, files))
+    ray.get(tracker.finish.remote(parent))
 
 
-def track_results(plan: Plan, tracker: Any, seconds: float | None = None) -> None:
-    """Log scores, curves, checkpoints and grids of everything that is not in MLflow yet. seconds: see `settle`."""
+def track_results(plan: Plan, tracker: Any) -> None:
+    """Log the report, and scores, curves, checkpoints and grids of everything that is not in MLflow yet."""
+    pairs = untracked(plan)
+    names = [run_name(*pair) for pair in pairs]
+    settle(plan.store, tracker, names)
     track_report(plan, tracker)
-    for subject, model in tqdm(untracked(plan), desc="log to MLflow", unit="run"):
-        names = [run_name(*pair) for pair in untracked(plan)]
-        settle(plan.store, tracker, names, seconds)  # so that the files of one run wait in memory, not those of all
-        key, folder = subject.run_key(model), f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
-        sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
-        if "history.json" in sizes:
-            ray.get(tracker.complete_curves.remote(key, json.loads(plan.store.read_bytes(f"{folder}/history.json"))))
-        small = sum(sizes.values()) <= CHECKPOINT_BYTES
-        names = [name for name in sizes if small or name in ("decoder.json", "ridge_report.json")]
-        files = {f"decoder/{name}": plan.store.read_bytes(f"{folder}/{name}") for name in names}
-        files["grid.png"] = report_file(plan, f"subject{subject.subject:02d}.png")
-        means = mean_scores(subject, model).items()
-        scores = {name.replace("/matched", "").replace("/", "_"): value for name, value in means} | ridge_scores(subject)
-        ray.get(tracker.log_result.remote(key, scores, {"decoder": plan.store.uri(folder)}, files))
-        settle(plan.store, tracker, names, seconds)
+    for i, (subject, model) in enumerate(tqdm(pairs, desc="log to MLflow", unit="run")):
+        key, tags, files = subject.run_key(model), {}, {"grid.png": report_file(plan, f"subject{subject.subject:02d}.png")}
+        scores = {metric_name(name): value for name, value in mean_scores(subject, model).items()}
+        if not plan.is_referee:
+            folder = f"{plan.model(Fit(model, 'vdvae')).folder}/{subject.folder}"
+            sizes = {name: size for name, size in plan.store.sizes(folder).items() if name != "_SUCCESS"}
+            if "history.json" in sizes:
+                ray.get(tracker.complete_curves.remote(key, json.loads(plan.store.read_bytes(f"{folder}/history.json"))))
+            small = sum(sizes.values()) <= CHECKPOINT_BYTES
+            kept = [name for name in sizes if small or name in ("decoder.json", "ridge_report.json")]
+            files |= {f"decoder/{name}": plan.store.read_bytes(f"{folder}/{name}") for name in kept}
+            tags, scores = {"decoder": plan.store.uri(folder)}, scores | ridge_scores(subject)
+        ray.get(tracker.log_result.remote(key, scores, tags, files))
+        ray.get(tracker.finish.remote(key))
+        settle(plan.store, tracker, names[i:])  # so that the files of one run wait in memory, not those of all
         finish_tracking(subject, model, key)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from nsdray.cluster.ridge_factors import (
     decompose,
     groups_of,
     make_kernel,
+    pieces_of,
     sample_targets,
     sampled_rows,
     score_penalties,
@@ -37,7 +39,7 @@ from nsdray.cluster.ridge_factors import (
 )
 from nsdray.decoder import DecoderCard, Scaling, card_bytes, rescaled
 from nsdray.metrics.table import latent_scores
-from nsdray.regressors.linalg import Cholesky, Eigen, find_device, to_numpy
+from nsdray.regressors.linalg import Cholesky, Eigen, Scratch, find_device, to_numpy
 from nsdray.regressors.ridge import RidgeKernel, primal
 from nsdray.regressors.ridge_grid import BlockFit, Smoothers, ahead, alpha_scores, fit_block
 from nsdray.regressors.ridge_memory import check_memory, ridge_bytes
@@ -69,11 +71,12 @@ class Solver:
     selection: str
     rows: np.ndarray
     """Of the leave-one-out sample."""
+    scratch: Scratch = field(default_factory=Scratch)
 
     def solve(self, targets: np.ndarray, dual: bool) -> tuple[BlockFit, np.ndarray, np.ndarray | None]:
         """Predictions of some targets, their standard deviation, and dual coefficients (n_samples, n_targets) if asked for."""
         kernel, s, scores = self.kernel, self.smoothers, None
-        block = centre_targets(targets, kernel.dtype, kernel.device, kernel.n_samples)
+        block = centre_targets(targets, kernel.dtype, kernel.device, kernel.n_samples, self.scratch)
         if len(s.alphas) > 1 and (self.selection != "sample" or len(s.rows) > len(self.rows)):
             scores = alpha_scores(kernel, self.inverse, s.alphas, block, self.selection, self.rows)
         fitted, coefficients = fit_block(s, block, scores), None
@@ -94,7 +97,8 @@ def fit_blocks(subject: SubjectPlan, fit: Fit, betas: Betas | None, kernel: Ridg
     kernel = dataclasses.replace(kernel, betas=betas and betas.train, device=device)
     inverse = inverse and inverse.to(device)
     solver = Solver(smoothers.to(device), kernel, inverse, settings["selection"], sampled_rows(subject))
-    read = ((columns, read_targets(subject, "train", columns, fit.kind)) for columns in blocks)
+    memory = cycle((Scratch(), Scratch()))  # one block is read while another is in use
+    read = ((columns, read_targets(subject, "train", columns, fit.kind, next(memory))) for columns in blocks)
     return [fit_columns(subject, fit, solver, *block) for block in ahead(read)]
 
 
@@ -104,12 +108,11 @@ def fit_columns(subject: SubjectPlan, fit: Fit, solver: Solver, columns: list[st
     truth = read_targets(subject, "test", columns, fit.kind)
     found: list[dict[str, np.ndarray]] = []
     dual = np.empty(targets.shape, solver.kernel.dtype) if solver.kernel.betas is not None else None
-    for start in range(0, targets.shape[1], N_TARGETS_BLOCK):
-        own = slice(start, start + N_TARGETS_BLOCK)
+    for own in pieces_of(targets.shape[1]):
         fitted, std, coefficients = solver.solve(targets[:, own], dual is not None)
         if dual is not None:
             dual[:, own] = coefficients
-        test = fitted.test.astype(np.float32, copy=False)
+        test = fitted.test(np.float32)
         predictions_mean, predictions_std = fitted.left_out_moments()
         test_mean, test_std = moments(test)
         found.append(

@@ -42,6 +42,12 @@ def blocks_of(columns: Sequence[str], sizes: Sequence[int]) -> list[list[str]]:
     return blocks
 
 
+def pieces_of(n_targets: int) -> list[slice]:
+    """A block's targets in as few pieces as can be, about as large as each other, of at most N_TARGETS_BLOCK."""
+    bounds = np.linspace(0, n_targets, -(-n_targets // N_TARGETS_BLOCK) + 1).astype(int)
+    return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:])]
+
+
 def sizes_of(subject: SubjectPlan, fit: Fit, columns: Sequence[str]) -> list[int]:
     """Targets in each of these columns."""
     sizes = dict(zip(subject.plan.columns(fit.kind), subject.plan.shapes(fit.kind)))

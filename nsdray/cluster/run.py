@@ -28,6 +28,7 @@ from nsdray.store import Inputs, Stage, local_folder, table, view_column
 
 Partition = tuple[Stage, str, dict[str, Inputs]]
 """A stage, a partition of it, and the shards that it must hold with what they are made from."""
+ALL = slice(None)
 
 
 def start_ray(plan: Plan) -> None:
@@ -292,20 +293,27 @@ def embed_test_sets(plan: Plan) -> None:
     finish([partition for _, _, partition in found.values()])
 
 
-def seen_pictures(subject: SubjectPlan, n_images: int | None = None) -> np.ndarray:
-    """The first test images as the subject saw them, uint8 (n, h, w, 3); None: all."""
+def seen_pictures(subject: SubjectPlan, rows: np.ndarray | slice = ALL) -> np.ndarray:
+    """Some test images as the subject saw them, uint8 (n, h, w, 3)."""
     with Stimuli(subject.plan.layout.stimuli) as stimuli:
-        return stimuli.read(subject.image_ids("test")[:n_images])
+        return stimuli.read(subject.image_ids("test")[rows])
 
 
-def decoded_pictures(subject: SubjectPlan, model: str | None, stage: str = "stage1", n_images: int | None = None) -> np.ndarray:
-    """Pictures "stage1" or "stage2" of the first test images at the stimuli's size; model None: those from the truth."""
+def decoded_pictures(
+    subject: SubjectPlan, model: str | None, stage: str = "stage1", rows: np.ndarray | slice = ALL
+) -> np.ndarray:
+    """Pictures "stage1" or "stage2" of some test images at the stimuli's size; model None: those from the truth."""
     plan = subject.plan
     source = getattr(plan, stage)(model)
     partition, wanted = subject.pictures(model)
-    cells = [cell for shard in wanted for cell in source.read(partition, shard, [stage])[stage]][:n_images]
+    cells = [cell for shard in wanted for cell in source.read(partition, shard, [stage])[stage]]
     with Stimuli(plan.layout.stimuli) as stimuli:
-        return enlarge(np.stack([from_png(cell.as_py()) for cell in cells]), stimuli.shape)
+        shape = stimuli.shape
+    chosen = np.arange(len(cells))[rows]
+    pictures = np.empty((len(chosen), *shape, 3), np.uint8)
+    for place, row in enumerate(chosen):  # one at a time: they are larger before and smaller after
+        pictures[place] = enlarge(from_png(cells[row].as_py())[None], shape)[0]
+    return pictures
 
 
 def read_features(subject: SubjectPlan, pictures: Stage | None, model: str | None, metric: str) -> np.ndarray:

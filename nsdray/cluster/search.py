@@ -18,7 +18,13 @@ from nsdray.metrics.table import format_table
 from nsdray.report import Cell, Code, Dots, Figure, Line, Row, Section, Table, dot_chart, line_chart, render
 from nsdray.stages import Plan
 
-FILES = ("table.txt", "trials.csv", "cost.svg", "depth.svg", "best.json", "report.html")
+COSTS = {
+    "parameters": ("n_parameters", 1e-6, "parameters of a subject's model (millions)"),
+    "training": ("train_s", 1.0, "training of a subject's model (s)"),
+    "decoding": ("decode_s", 1e3, "decoding a picture (ms)"),
+}
+"""Charts of quality against cost: column, factor and label of the x axis."""
+FILES = ("table.txt", "trials.csv", *(f"{cost}.svg" for cost in COSTS), "depth.svg", "best.json", "report.html")
 SHOWN = ("n_layers", "hidden", "dropout", "learning_rate", "score", "ssim", "pixcorr", "val_mse", "parameters/M", "train/s",
          "decode/ms", "epoch", "front", "status")  # fmt: skip
 
@@ -27,47 +33,60 @@ def search(config: Config) -> list[str]:
     """Search, once for all subjects or once for each; the folders of the searches, with FILES in them."""
     base = f"searches/{config.search.name or config.recipe}"
     if not config.search.per_subject:
-        return [search_one(search_plan(config), base)]
+        return [search_one(config, base)]
     each = [replace(config, data=replace(config.data, subjects=(s,))) for s in config.data.subjects]
-    return [search_one(search_plan(own), f"{base}/subject={own.data.subjects[0]:02d}") for own in each]
+    return [search_one(own, f"{base}/subject={own.data.subjects[0]:02d}") for own in each]
 
 
-def search_one(plan: Plan, folder: str) -> str:
+def search_one(config: Config, folder: str) -> str:
     """Bring one search up to date and write what it found."""
+    plan = search_plan(config)
     prepare_search(plan)
     with tracking(plan) as tracker:
         params = flatten(asdict(plan.config))
         tags = {"kind": "search", "data": "simulated" if plan.is_simulated else "nsd"}
         ray.get(tracker.start.remote(folder, f"search: {folder.removeprefix('searches/')}", params, tags))
         trials = with_fronts(run_search(plan, folder, tracker), plan)
-        files = found(plan, trials)
+        trained = trials[(trials["model"] != "ridge") & (trials["status"] == "trained")]
+        files = {"table.txt": search_table(plan, trials).encode(), "trials.csv": trials.to_csv(index=False).encode()}
+        if len(trained):
+            best = trained.iloc[0]
+            files |= found(plan, trials, best_recipe(replace(plan.config, stage2=config.stage2), best))
         for name, data in files.items():
             plan.store.write_bytes(f"{folder}/{name}", data)
-        best = trials[trials.model != "ridge"].iloc[0]
+        if trained.empty:
+            status = trials[trials["model"] != "ridge"].iloc[0]["status"]
+            raise ValueError(f"no trial could be trained, as {plan.store.uri(folder)}/table.txt shows; the first: {status}")
         scores = {name: float(best[name]) for name in ("score", "ssim", "pixcorr")}
         ray.get(tracker.log_result.remote(folder, scores, {"found": plan.store.uri(folder)}, files))
     return folder
 
 
+def fronts(plan: Plan, trials: pd.DataFrame, cost: str = "n_parameters") -> dict[str, np.ndarray]:
+    """Which rows are on the Pareto front of score and a column of costs, over all subjects ("all") and for each, (n,) bool."""
+    whole = trials["status"].isin(("trained", "reference"))
+
+    def front(of: str) -> np.ndarray:
+        column = f"{cost}{of}" if f"{cost}{of}" in trials else cost
+        return pareto_front(np.where(whole, trials[column], np.nan), trials[f"score{of}"])
+
+    subjects = [str(subject.subject) for subject in plan.subjects] if len(plan.subjects) > 1 else []
+    return {"all": front("")} | {subject: front(f"_{subject}") for subject in subjects}
+
+
 def with_fronts(trials: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     """Best first, with the column "front": for whom ("all", or subjects) a row is on the front of score and parameters."""
     trials = trials.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
-    whole = np.where(trials["status"].isin(("trained", "reference")), trials["n_parameters"], np.nan)
-    subjects = [subject.subject for subject in plan.subjects]
-    fronts = {"all": pareto_front(whole, trials["score"])}
-    if len(subjects) > 1:
-        fronts |= {str(s): pareto_front(whole, trials[f"score_{s}"]) for s in subjects}
-    trials["front"] = [" ".join(who for who, front in fronts.items() if front[i]) for i in range(len(trials))]
+    masks = fronts(plan, trials)
+    trials["front"] = [" ".join(who for who, mask in masks.items() if mask[i]) for i in range(len(trials))]
     return trials
 
 
-def found(plan: Plan, trials: pd.DataFrame) -> dict[str, bytes]:
-    """The files that a search leaves."""
-    table = search_table(plan, trials)
-    best = json.dumps(asdict(best_recipe(plan.config, trials)), indent=1)
-    charts = {"cost.svg": cost_chart(trials), "depth.svg": depth_chart(trials)}
-    return {"table.txt": table.encode(), "trials.csv": trials.to_csv(index=False).encode(), **charts, "best.json": best.encode(),
-            "report.html": page(plan, trials, charts, best).encode()}  # fmt: skip
+def found(plan: Plan, trials: pd.DataFrame, best: Config) -> dict[str, bytes]:
+    """What a search leaves beside its table: charts, the best configuration, a report."""
+    recipe = json.dumps(asdict(best), indent=1)
+    charts = {f"{cost}.svg": cost_chart(plan, trials, cost) for cost in COSTS} | {"depth.svg": depth_chart(trials)}
+    return {**charts, "best.json": recipe.encode(), "report.html": page(plan, trials, charts, recipe).encode()}
 
 
 def shown_rows(trials: pd.DataFrame) -> list[dict[str, Any]]:
@@ -108,14 +127,18 @@ def search_table(plan: Plan, trials: pd.DataFrame) -> str:
     return "\n".join([title_of(plan), format_table(shown_rows(trials)), *notes(plan)]) + "\n"
 
 
-def cost_chart(trials: pd.DataFrame) -> bytes:
-    """Score against parameters, with the front over all subjects."""
+def cost_chart(plan: Plan, trials: pd.DataFrame, name: str) -> bytes:
+    """Score against one of COSTS, with the fronts over all subjects and of each."""
+    column, factor, label = COSTS[name]
     whole = trials[trials["status"].isin(("trained", "reference"))]
-    dots = {model: Dots(own["n_parameters"] / 1e6, own["score"], own["n_layers"].astype(str))
+    dots = {model: Dots(factor * own[column], own["score"], own["n_layers"].astype(str))
             for model, own in whole.groupby("model")}  # fmt: skip
-    front = whole[whole["front"].str.startswith("all")].sort_values("n_parameters")
-    line = front["n_parameters"] / 1e6, front["score"]
-    return dot_chart(dots, "parameters of a subject's model (millions)", "score of validation pictures", line)
+    lines = {}
+    for who, mask in fronts(plan, trials, column).items():
+        cost, score = (column, "score") if who == "all" else (f"{column}_{who}", f"score_{who}")
+        front = trials[mask].sort_values(cost if cost in trials else column)
+        lines["Pareto front" if who == "all" else f"subject {who}"] = factor * front[column], front[score]
+    return dot_chart(dots, label, "score of validation pictures", lines)
 
 
 def depth_chart(trials: pd.DataFrame) -> bytes:
@@ -129,9 +152,8 @@ def depth_chart(trials: pd.DataFrame) -> bytes:
     return line_chart(lines, "VDVAE layers predicted", "best score of validation pictures", [str(n) for n in depths])
 
 
-def best_recipe(config: Config, trials: pd.DataFrame) -> Config:
-    """The best trial as a configuration that `jobs/train_all_subjects.py` takes."""
-    best = trials[trials["model"] != "ridge"].iloc[0]
+def best_recipe(config: Config, best: pd.Series) -> Config:
+    """A trial as a configuration that `jobs/train_all_subjects.py` takes."""
     network = replace(getattr(config, best.model), hidden=int(best.hidden), dropout=float(best.dropout),
                       learning_rate=float(best.learning_rate))  # fmt: skip
     name = f"{config.search.name or config.recipe}-best"
@@ -141,7 +163,7 @@ def best_recipe(config: Config, trials: pd.DataFrame) -> Config:
 def page(plan: Plan, trials: pd.DataFrame, charts: dict[str, bytes], best: str) -> str:
     """The search's own report."""
     rows = [Row([Cell(cell_text(value)) for value in row.values()], row["model"] == "ridge") for row in shown_rows(trials)]
-    figures = [Figure(charts["cost.svg"], "Quality against cost"), Figure(charts["depth.svg"], "Quality against depth")]
+    figures = [Figure(chart, f"Quality against {name.removesuffix('.svg')}") for name, chart in charts.items()]
     space = json.dumps(asdict(plan.config.search), indent=1)
     sections = [
         Section("Which depth is worth its cost", notes(plan), figures=figures, side_by_side=True),

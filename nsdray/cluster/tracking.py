@@ -21,9 +21,11 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from ray.exceptions import RayActorError
+from sqlalchemy.exc import OperationalError
 from tqdm import tqdm
 
-from nsdray.store import Store, redacted
+from nsdray.store import Store, is_out_of_space, redacted
 
 EXPERIMENT = "nsdray"
 KEY = "nsdray.key"
@@ -32,7 +34,7 @@ CURVES = ("train_loss", "val_loss", "val_mse", "val_mae", "learning_rate", "samp
 RETRY_S = 2.0
 """Seconds between attempts to write to a server that is away."""
 WAIT_S = 600.0
-"""Seconds that a job with nothing left to compute waits for the server."""
+"""Seconds without a write that a job with nothing left to compute waits for the server."""
 
 
 def tracking_uri(store: Store) -> str:
@@ -53,6 +55,8 @@ class State(NamedTuple):
 
     unsent: list[str]
     """Names of the runs for which something is still to be written."""
+    n_done: int
+    """Writes that are done with."""
     trouble: str
     """Why the last attempt failed, if MLflow is away."""
     refused: list[str]
@@ -64,30 +68,30 @@ class Tracker:
 
     def __init__(self, uri: str, artifacts: str | None):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its seven take minutes; here, retrying costs nobody time
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-        self.client = MlflowClient(tracking_uri=uri)
-        self.artifacts, self.experiment = artifacts, ""
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # blind ones would make runs twice; `_sent` looks before
+        self.uri, self.artifacts, self.experiment = uri, artifacts, ""
         self.runs: dict[str, str] = {}
         self.names: dict[str, str] = {}
+        self.ended: set[str] = set()
         self.epochs: dict[str, set[int]] = {}
         self.queue: Queue[tuple[str, Callable[..., None], tuple]] = Queue()
-        self.unsent: Counter[str] = Counter()
+        self.lock, self.unsent, self.n_done = threading.Lock(), Counter(), 0
         self.trouble, self.refused = "", []
 
     def connect(self) -> State:
-        """Try to reach MLflow, and send from here on."""
+        """Try to reach MLflow, and send from here on. ValueError if the address can never work."""
         try:
             self._find_experiment()
-        except (MlflowException, OSError) as error:
+        except Exception as error:
             if not is_away(error):
-                raise
+                raise ValueError(f"MLflow at {redacted(self.uri)}: {one_line(error)}") from error
             self.trouble = one_line(error)
         threading.Thread(target=self._send, daemon=True).start()
         return self.state()
 
     def state(self) -> State:
-        return State([name for name, n in self.unsent.items() if n], self.trouble, self.refused)
+        with self.lock:
+            return State([name for name, n in self.unsent.items() if n], self.n_done, self.trouble, self.refused)
 
     def start(self, key: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str | None = None) -> None:
         """Find the run with this key, or create it."""
@@ -106,20 +110,26 @@ class Tracker:
             self.log_epoch(key, metrics)
 
     def log_result(
-        self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], step: int = 0
+        self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], step: int = 0, once: bool = False
     ) -> None:
-        """Scores (final ones, or those of a step), tags and artifacts (name to contents)."""
-        self._later(key, self._log_result, scores, tags, files, now(), step)
+        """Scores (final ones, or those of a step), tags and artifacts (name to contents). once: unless that step is there."""
+        self._later(key, self._log_result, scores, tags, files, now(), step, once)
+
+    def finish(self, key: str) -> None:
+        """End a run that has all its results, whatever becomes of others."""
+        self.ended.add(key)
+        self._later(key, self._end, "FINISHED")
 
     def close(self, status: str) -> None:
-        """End all runs that were started, "FINISHED" or "FAILED"."""
-        for key in self.names:
+        """End all other runs that were started, "FINISHED" or "FAILED"."""
+        for key in self.names.keys() - self.ended:
             self._later(key, self._end, status)
 
     # The sending thread.
 
     def _later(self, key: str, write: Callable[..., None], *arguments: Any) -> None:
-        self.unsent[self.names.get(key, key)] += 1
+        with self.lock:
+            self.unsent[self.names.get(key, key)] += 1
         self.queue.put((key, write, arguments))
 
     def _send(self) -> None:
@@ -128,7 +138,9 @@ class Tracker:
             name = self.names.get(key, key)
             while not self._sent(name, key, write, arguments):
                 time.sleep(RETRY_S)
-            self.unsent[name] -= 1
+            with self.lock:
+                self.unsent[name] -= 1
+                self.n_done += 1
 
     def _sent(self, name: str, key: str, write: Callable[..., None], arguments: tuple) -> bool:
         """Whether a write is done with: False if it must be tried again."""
@@ -145,10 +157,16 @@ class Tracker:
         return True
 
     def _find_experiment(self) -> None:
+        self.client = MlflowClient(tracking_uri=self.uri)  # opens a database at once
         found = self.client.get_experiment_by_name(EXPERIMENT)
-        self.experiment = (
-            found.experiment_id if found else self.client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
-        )
+        try:
+            self.experiment = (
+                found.experiment_id if found else self.client.create_experiment(EXPERIMENT, artifact_location=self.artifacts)
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
+                raise
+            self.experiment = self.client.get_experiment_by_name(EXPERIMENT).experiment_id
 
     def _start(self, key: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str | None) -> None:
         found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
@@ -171,7 +189,9 @@ class Tracker:
             logged.add(step)
 
     def _log_result(self, key: str, scores: dict[str, float], tags: dict[str, str], files: dict[str, bytes], when: int,
-                    step: int) -> None:  # fmt: skip
+                    step: int, once: bool) -> None:  # fmt: skip
+        if once and step in {point.step for point in self.client.get_metric_history(self.runs[key], next(iter(scores)))}:
+            return
         self.client.log_batch(
             self.runs[key],
             metrics=[Metric(name, value, when, step) for name, value in scores.items()],
@@ -189,18 +209,23 @@ class Tracker:
         self.client.set_terminated(self.runs[key], status)
 
 
+PASSING = (429, 500, 502, 503, 504)
+"""Status codes of a server that may do better later."""
+
+
 def now() -> int:
     """Milliseconds, as MLflow counts."""
     return int(time.time() * 1000)
 
 
 def is_away(error: Exception) -> bool:
-    """Whether a write that failed may succeed later: nobody answers, or the server (or a database's disk) is in trouble."""
+    """Whether a write that failed may succeed later: nobody answers, the server or database is in trouble, a disk is full."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
-        return error.response.status_code >= 500 or error.response.status_code == 429
+        return error.response.status_code in PASSING
     if isinstance(error, MlflowException):
-        return error.get_http_status_code() >= 500 or error.get_http_status_code() == 429
-    return isinstance(error, OSError)
+        return error.get_http_status_code() in PASSING
+    known = ConnectionError, TimeoutError, requests.RequestException, OperationalError
+    return isinstance(error, known) or is_out_of_space(error) or type(error).__name__ == "EndpointConnectionError"  # botocore's
 
 
 def one_line(error: Exception) -> str:
@@ -225,29 +250,33 @@ def start_tracker(store: Store) -> Any:
 
 
 def settle(store: Store, tracker: Any, others: Iterable[str] = (), seconds: float | None = None) -> None:
-    """Wait until everything has been written, if MLflow is away for `seconds` at most (None: WAIT_S). ConnectionError with the
-    runs that are not logged, which are those and others; ValueError if MLflow refused something."""
-    seconds, uri, since, progress = WAIT_S if seconds is None else seconds, redacted(tracking_uri(store)), None, None
+    """Wait until everything has been written, as long as something is written every `seconds` (None: WAIT_S). ConnectionError
+    with the runs that are not logged, which are those and others; ValueError if MLflow refused something."""
+    seconds, uri, n_done, progress = WAIT_S if seconds is None else seconds, redacted(tracking_uri(store)), -1, None
+    remedy = (
+        f"All results are below {redacted(store.root)}. See to it, then start the job again: it computes nothing that is "
+        "finished, and logs what is not logged (jobs/report.py logs a report again)."
+    )
     try:
-        while (state := ray.get(tracker.state.remote())).unsent and not state.refused:
-            since = (since or time.monotonic()) if state.trouble else None
-            away = time.monotonic() - since if since else 0.0
-            if state.trouble and away >= seconds:
+        while (state := ray.get(tracker.state.remote())).unsent:
+            if state.n_done > n_done:
+                n_done, since = state.n_done, time.monotonic()
+            quiet = time.monotonic() - since
+            if quiet >= seconds:
                 runs = list(dict.fromkeys([*others, *state.unsent]))
-                raise ConnectionError(
-                    f"MLflow at {uri} has not answered for {seconds:g} seconds ({state.trouble}). Not logged: {', '.join(runs)}. "
-                    f"All results are below {redacted(store.root)}. Start the server, then the job again: it computes nothing "
-                    "that is finished, and logs these."
-                )
-            if state.trouble:
+                raise ConnectionError(f"MLflow at {uri} has taken nothing for {seconds:g} seconds ({state.trouble}). "
+                                      f"Not logged: {', '.join(runs)}. {remedy}")  # fmt: skip
+            if quiet > 5:
                 progress = progress or tqdm(total=round(seconds), desc=f"wait for MLflow at {uri}", unit="s")
-                progress.update(round(away) - progress.n)
+                progress.update(round(quiet) - progress.n)
             time.sleep(0.1)
+    except RayActorError as error:
+        raise ConnectionError(f"the process that writes to MLflow at {uri} has died. {remedy}") from error
     finally:
         if progress is not None:
             progress.close()
     if state.refused:
-        raise ValueError(f"MLflow at {uri} refused: {'; '.join(state.refused[:3])}")
+        raise ValueError(f"MLflow at {uri} refused: {'; '.join(state.refused[:3])}. {remedy}")
 
 
 def artifacts_location(store: Store) -> str | None:

@@ -305,19 +305,19 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
     try:
         result = trainer.fit().return_value
     except TrainingFailedError as error:
-        cause = cause_of(error)
-        raise (out_of_space(plan.store.path(f"training/{name}")) if is_out_of_space(cause) else cause) from error
+        raise cause_of(error, plan.store.path(f"training/{name}")) from error
     if isinstance(result, DivergedError):
         raise DivergedError(f"{plan.label(fit)}, subject {', '.join(str(s.subject) for s in subjects)}: {result}")
     return result
 
 
-def cause_of(error: TrainingFailedError) -> BaseException:
-    """What went wrong in the worker or in Ray Train's controller, without Ray Train's wrapping."""
+def cause_of(error: TrainingFailedError, folder: str) -> BaseException:
+    """What went wrong in a worker or in Ray Train's controller, without Ray Train's wrapping; a full disk above all else."""
+    causes = [getattr(error, "controller_failure", error)]
     if isinstance(error, WorkerGroupError):
-        first = next(iter(error.worker_failures.values()), error)
-        return getattr(first, "_base_exc", first)
-    return getattr(error, "controller_failure", error)
+        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()] or causes
+    full = next((cause for cause in causes if is_out_of_space(cause)), None)
+    return causes[0] if full is None else out_of_space(folder)
 
 
 def forget_broken_run(store: Store, folder: str) -> None:

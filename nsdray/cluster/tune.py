@@ -26,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tqdm import tqdm
 
 from nsdray.cluster import run
+from nsdray.cluster.actors import fitting_batch_size, memory_share, precision, vdvae_bytes
 from nsdray.cluster.data import SharedArrays, Source, TrainingArrays, share_arrays
 from nsdray.cluster.metrics import record
 from nsdray.cluster.preflight import require_inputs
@@ -72,6 +73,10 @@ class SubjectData(NamedTuple):
 
 def search_plan(config: Config) -> Plan:
     """The plan whose betas and VDVAE latents a search needs: as deep as its deepest trial, without stage 2."""
+    for model in config.search.models:
+        settings = getattr(config, model)
+        if settings.sampling != "mean" or settings.pretrained:
+            raise ValueError(f"a search trains from scratch on means: leave --{model}.sampling and --{model}.pretrained alone")
     deepest = max(config.search.n_layers)
     targets = replace(config.targets, n_layers=max(deepest, config.targets.n_layers))
     return Plan(replace(config, n_layers=deepest, targets=targets, stage2=replace(config.stage2, model="none")))
@@ -182,7 +187,11 @@ def score_pictures(
         cells.append(scaled[:, start : start + size].reshape(len(seen), *shape))
         start += size
     started, s = time.perf_counter(), config.stage1
-    pictures = decode_pictures(vdvae, cells, data.image_ids[: len(seen)], s.seed, s.temperature, s.deterministic, len(seen))
+    device = next(vdvae.parameters()).device
+    share = memory_share(device.type, config.search.gpus_per_trial)
+    batch_size = config.targets.batch_size or fitting_batch_size(vdvae_bytes(vdvae.config), share)
+    with precision(device.type, config.targets.dtype):
+        pictures = decode_pictures(vdvae, cells, data.image_ids[: len(seen)], s.seed, s.temperature, s.deterministic, batch_size)
     seconds = (time.perf_counter() - started) / len(seen)
     suite = config.evaluation.suites[0]
     found = dict(pixel_scores(suite, seen, enlarge(pictures, seen.shape[1:3])))
@@ -220,6 +229,7 @@ def run_trial(space: Space, plan: Plan, data: list[SubjectData]) -> None:
             scores = [score_pictures(plan, vdvae, t.data, t.arrays, t.predictions(), space["n_layers"]) for t in trainings]
             summary = {name: float(np.mean([own[name] for own in scores])) for name in scores[0]}
             summary |= {f"score_{t.data.subject.subject}": own["score"] for t, own in zip(trainings, scores)}
+            summary |= {f"n_parameters_{t.data.subject.subject}": float(t.n_parameters) for t in trainings}
             summary |= {name: float(np.mean([own[name] for own in metrics])) for name in ("val_mse", "val_mae")}
             summary |= {"n_parameters": float(np.mean([t.n_parameters for t in trainings])), "train_s": seconds / len(data)}
             states = {t.data.subject.subject: t.context.saved for t in trainings} | {"seconds": seconds, "epoch": epoch}
@@ -284,15 +294,8 @@ class TrialLogger(tune.Callback):
         self.progress = tqdm(total=self.n_trials, desc="search", unit="trial")
         self.record_trials([])
 
-    def key(self, trial: Any) -> str:
-        return f"{self.parent}/{trial.trial_id}"
-
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **_: Any) -> None:
-        space = trial.config
-        self.tracker.start.remote(self.key(trial), f"{space['model']}-{space['n_layers']}", space, {"kind": "trial"}, self.parent)
-        scores = {name: value for name, value in result.items() if name in COLUMNS or name.startswith("score_")}
-        scores = {name: float(value) for name, value in scores.items() if not isinstance(value, str)}
-        self.tracker.log_result.remote(self.key(trial), scores, {"status": result["status"][:400]}, {}, result["epoch"])
+        log_trial(self.tracker, self.parent, trial.trial_id, trial.config, result)
         self.best = max(self.best, result["score"])
         self.progress.set_postfix(best=f"{self.best:.3f}", refresh=False)
         record("nsdray_search_best_score", self.best, search=self.parent.removeprefix("searches/"))
@@ -318,7 +321,20 @@ class TrialLogger(tune.Callback):
         self.progress.close()
 
 
+def log_trial(tracker: Any, parent: str, trial_id: str, space: dict, result: dict[str, Any], once: bool = False) -> None:
+    """A trial's figures at one of its rungs, to its MLflow run. once: unless they are there."""
+    key = f"{parent}/{trial_id}"
+    tracker.start.remote(key, f"{space['model']}-{space['n_layers']}", space, {"kind": "trial"}, parent)
+    scores = {name: float(value) for name, value in result.items() if is_column(name)}
+    tracker.log_result.remote(key, scores, {"status": result["status"][:400]}, {}, result["epoch"], once)
+
+
 COLUMNS = ("score", *SCORED, "val_mse", "val_mae", "n_parameters", "train_s", "decode_s", "epoch")
+"""Of the table, and score and n_parameters of each subject, e.g. score_5."""
+
+
+def is_column(name: str) -> bool:
+    return name in COLUMNS or name.startswith(("score_", "n_parameters_"))
 
 
 def choices(config: Config) -> tuple[dict[str, Any], list[Space]]:
@@ -373,10 +389,15 @@ def run_search(plan: Plan, folder: str, tracker: Any) -> pd.DataFrame:
     refs = [ref for own in data for ref in (own.seen, own.arrays.fixed, *own.arrays.columns.values())]
     ray.wait(refs, num_returns=len(refs))  # before trials hold the CPUs that reading needs
     reference = ray.get([score_ridge.remote(plan, own, own.seen) for own in data])
-    table = [trial_row(config, result) for result in fit_trials(plan, folder, data, tracker)]
+    trials = fit_trials(plan, folder, data, tracker)
+    for result in trials:  # an earlier job may have ended before MLflow had them
+        if result.metrics and "status" in result.metrics:
+            log_trial(tracker, folder, result.metrics["trial_id"], result.config, result.metrics, once=True)
+    table = [trial_row(config, result) for result in trials]
     by_depth = pd.DataFrame([row for rows in reference for row in rows])
     for n_layers, rows in by_depth.groupby("n_layers"):
         own = {f"score_{int(row.subject)}": row.score for row in rows.itertuples()}
+        own |= {f"n_parameters_{int(row.subject)}": row.n_parameters for row in rows.itertuples()}
         table.append({"model": "ridge", "n_layers": n_layers, "status": "reference", **own}
                      | rows[[c for c in COLUMNS if c in rows]].mean().to_dict())  # fmt: skip
     return pd.DataFrame(table)
@@ -414,7 +435,7 @@ def fit_trials(plan: Plan, folder: str, data: list[SubjectData], tracker: Any) -
 def trial_row(config: Config, result: Any) -> dict[str, Any]:
     """A trial's choice and its last figures."""
     metrics = result.metrics or {}
-    row = {name: value for name, value in metrics.items() if name in COLUMNS or name.startswith("score_")}
+    row = {name: value for name, value in metrics.items() if is_column(name)}
     hidden = hidden_units(config, result.config["model"], result.config["width"])
     status = metrics.get("status", f"failed: {result.error}")
     return dict(result.config) | {"hidden": hidden, "score": FAILED} | row | {"status": status}

@@ -22,6 +22,7 @@ from nsdray.regressors.linalg import (
     Array,
     Eigen,
     Inverse,
+    Scratch,
     add_gram,
     cholesky,
     eigen,
@@ -120,13 +121,14 @@ class RidgeKernel:
         return np.dtype(str(self.gram_.dtype).removeprefix("torch."))
 
     def chunks(self, betas: np.ndarray, voxels: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Array]]:
-        """X's columns of any betas (n, n_voxels), some voxels at a time: their indices (k,), and (n, k) on the device. voxels:
-        indices; None means all."""
-        voxels = np.arange(betas.shape[1]) if voxels is None else voxels
+        """X's columns of any betas (n, n_voxels), some voxels at a time: their indices (k,), and (n, k) on the device, good until
+        the next. voxels: indices; None means all."""
+        voxels, scratch = np.arange(betas.shape[1]) if voxels is None else voxels, Scratch()
         for start in range(0, len(voxels), N_VOXELS_CHUNK):
             own = voxels[start : start + N_VOXELS_CHUNK]
             columns = slice(own[0], own[-1] + 1) if own[-1] - own[0] + 1 == len(own) else own
-            x = betas[:, columns].astype(self.dtype)
+            x = scratch.empty((len(betas), len(own)), self.dtype)
+            x[:] = betas[:, columns]
             x -= self.mean_[own].astype(self.dtype)
             if self.scale is not None:
                 x *= self.scale[own].astype(self.dtype)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 
 from nsdray.regressors.linalg import Array, Eigen, empty, to_device, to_numpy
 from nsdray.regressors.ridge import RidgeFactor, RidgeKernel, check_rows
@@ -135,10 +136,10 @@ class BlockFit:
     leave_one_out_r2: np.ndarray
     """(n_targets,) float64; see this module's head."""
 
-    @property
-    def test(self) -> np.ndarray:
-        """Test predictions (n_test, n_targets)."""
-        return to_numpy(self.test_parts.sum(0) if len(self.test_parts) > 1 else self.test_parts[0]) + self._mean
+    def test(self, dtype: type | None = None) -> np.ndarray:
+        """Test predictions (n_test, n_targets). dtype: None means as they were computed."""
+        whole = to_numpy(self.test_parts.sum(0) if len(self.test_parts) > 1 else self.test_parts[0])
+        return np.add(whole, self._mean, np.empty(whole.shape, dtype or whole.dtype), casting="same_kind")
 
     def left_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the leave-one-out predictions, (n_targets,) float32."""
@@ -171,7 +172,8 @@ def fit_block(smoothers: Smoothers, block: TargetBlock, scores: np.ndarray | Non
         left_out = smoothers.held_out[0] @ block.centred
     elif scores is not None:
         choice = best(scores)
-        left_out = by_choice(smoothers.held_out, block.centred, choice)
+        left_out = empty((len(smoothers.rows), n_targets), smoothers.dtype, device_of(block.centred))
+        by_choice(smoothers.held_out, block.centred, choice, left_out)
     else:
         truth = block.centred[smoothers.rows]
         candidates = [smoother @ block.centred for smoother in smoothers.held_out]
@@ -181,7 +183,7 @@ def fit_block(smoothers: Smoothers, block: TargetBlock, scores: np.ndarray | Non
             left_out[:, choice == a] = candidate[:, choice == a]
     parts = empty((smoothers.test.shape[1], smoothers.test.shape[2], n_targets), smoothers.dtype, device_of(block.centred))
     for g in range(len(parts)):
-        parts[g] = by_choice(smoothers.test[:, g], block.centred, choice)
+        by_choice(smoothers.test[:, g], block.centred, choice, parts[g])
     truth = block.centred[smoothers.rows]
     r2 = r_squared(truth - left_out, truth * (n / (n - 1)))
     return BlockFit(choice, left_out, parts, block.mean, r2)
@@ -192,17 +194,16 @@ def best(scores: np.ndarray) -> np.ndarray:
     return np.nan_to_num(scores, nan=-np.inf).argmax(0)
 
 
-def by_choice(smoothers: Array, centred: Array, choice: np.ndarray) -> Array:
-    """Each target's product with the smoother of its choice: (n_alphas, m, n_samples) and (n_samples, n_targets) to
+def by_choice(smoothers: Array, centred: Array, choice: np.ndarray, out: Array) -> None:
+    """Each target's product with the smoother of its choice: (n_alphas, m, n_samples) and (n_samples, n_targets) to out,
     (m, n_targets), for the price of one product."""
     used = np.unique(choice)
     if len(used) == 1:
-        return smoothers[int(used[0])] @ centred
-    out = empty((smoothers.shape[1], len(choice)), np.dtype(str(centred.dtype).removeprefix("torch.")), device_of(centred))
+        (np if device_of(out) is None else torch).matmul(smoothers[int(used[0])], centred, out=out)
+        return
     for a in used:
         own = np.flatnonzero(choice == a)
         out[:, own] = smoothers[int(a)] @ centred[:, own]
-    return out
 
 
 def device_of(x: Array) -> str | None:

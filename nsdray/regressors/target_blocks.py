@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nsdray.regressors.linalg import Array, copy_into, empty, to_device, to_numpy
+from nsdray.regressors.linalg import Array, Scratch, copy_into, empty, to_device, to_numpy
 
-N_ROWS_CHUNK = 512
-"""Rows of targets that are converted at a time."""
+N_ROWS_CHUNK = 64
+"""Rows of targets that are converted at a time, so that they stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,21 @@ class TargetBlock:
     """(n_targets,) float64, ddof 1."""
 
 
-def centre_targets(targets: np.ndarray, dtype: type, device: str | None = None, n_samples: int | None = None) -> TargetBlock:
-    """Convert targets (n_samples, n_targets) of any precision and take off their mean. n_samples: how many there must be."""
+def centre_targets(
+    targets: np.ndarray, dtype: type, device: str | None = None, n_samples: int | None = None, scratch: Scratch | None = None
+) -> TargetBlock:
+    """Convert targets (n_samples, n_targets) of any precision and take off their mean. n_samples: how many there must be.
+    scratch: where to, on a CPU."""
     targets = np.asarray(targets)
     if targets.ndim != 2 or (n_samples is not None and len(targets) != n_samples):
         raise ValueError(
             f"targets have shape {targets.shape}, expected ({n_samples or 'n_samples'}, n_targets): one row per sample"
         )
-    centred = empty(targets.shape, dtype, device)
+    in_scratch = scratch is not None and device is None
+    centred = scratch.empty(targets.shape, dtype) if in_scratch else empty(targets.shape, dtype, device)
     n, first = len(targets), None
     total, squares = np.zeros((2, targets.shape[1]))
-    for start in range(0, n, N_ROWS_CHUNK):  # a chunk stays in the cache
+    for start in range(0, n, N_ROWS_CHUNK):
         part = centred[start : start + N_ROWS_CHUNK]
         copy_into(part, targets[start : start + N_ROWS_CHUNK])
         if first is None:  # near enough to the mean, and exact where a target is constant

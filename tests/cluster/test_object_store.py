@@ -1,15 +1,15 @@
 """Data sets on an S3-compatible server, written by Ray tasks; credentials in the address reach no log."""
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 from mlflow import MlflowClient
 
 from nsdray.cluster import results, run
-from nsdray.cluster.tracking import Tracker, artifacts_location, start_tracker
+from nsdray.cluster.tracking import Tracker, artifacts_location, settle, start_tracker
 from nsdray.config import Config, DataConfig, StoreConfig, TargetsConfig
 from nsdray.nsd.simulate import simulate_nsd
 from nsdray.stages import Plan
@@ -52,7 +52,8 @@ def test_betas_and_samples_are_the_same_on_s3_as_on_a_disk(cluster, config, s3, 
 
     tracker = start_tracker(remote.store)
     results.start_runs(remote, tracker)
-    ray.get(tracker.close.remote("FINISHED"))
+    tracker.close.remote("FINISHED")
+    settle(remote.store, tracker)
     database = tmp_path / "mlflow.db"
     client = MlflowClient(f"sqlite:///{database}")
     runs = client.search_runs([client.get_experiment_by_name("nsdray").experiment_id])
@@ -65,6 +66,10 @@ def test_secrets_are_not_logged(tmp_path):
     secret = "s3://AKIAKEY:s3cretpart@lab/x"
     tracker.start("key", "name", {"store.root": secret, "data.nsd_root": "/data/nsd", "url": "https://h/x?token=s3cretpart"}, {})
     tracker.log_result("key", {"mse": 1.0}, {"decoder": f"{secret}/decoder"}, {})
+    tracker.connect()
+    while tracker.state().unsent:
+        time.sleep(0.01)
+    assert tracker.state().refused == []
     run = tracker.client.get_run(tracker.runs["key"])
     assert run.data.params == {"store.root": "s3://***@lab/x", "data.nsd_root": "/data/nsd", "url": "https://h/x?token=***"}
     assert run.data.tags["decoder"] == "s3://***@lab/x/decoder"

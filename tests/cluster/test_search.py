@@ -57,7 +57,9 @@ def test_a_search_leaves_table_charts_and_a_recipe(found, tmp_path):
     best, first = read_recipe(tmp_path / "best.json"), trials[trials.model != "ridge"].iloc[0]
     assert best.models == (first.model,) and best.n_layers == first.n_layers and best.recipe == "mini-best"
     assert getattr(best, first.model).learning_rate == first.learning_rate and best.data == config.data
-    assert b"<svg" in plan.store.read_bytes(f"{folder}/cost.svg")
+    assert best.stage2 == config.stage2 and best.models == (first.model,)
+    assert all(b"<svg" in plan.store.read_bytes(f"{folder}/{cost}.svg") for cost in search.COSTS)
+    assert {f"n_parameters_{s}" for s in config.data.subjects} <= set(trials.columns)
     assert b"SIMULATED" in plan.store.read_bytes(f"{folder}/report.html")
 
 
@@ -109,8 +111,9 @@ def test_a_trial_is_what_training_by_hand_gives(found):
 def test_trials_that_cannot_go_on_are_marked(found, finished, monkeypatch):
     config, _, _ = found
     changes = {"name": "diverging", "models": ("mlp",), "n_layers": (1,), "learning_rate": (1e30, 1e30), "n_trials": 2}
-    (folder,) = search.search(replace(config, search=replace(config.search, **changes)))
-    trials = trials_of(finished, folder).query("model != 'ridge'")
+    with pytest.raises(ValueError, match="no trial could be trained, .*searches/diverging/table.txt shows; the first: Diverged"):
+        search.search(replace(config, search=replace(config.search, **changes)))
+    trials = trials_of(finished, "searches/diverging").query("model != 'ridge'")
     assert len(trials) == 2 and all(status.startswith("Diverged: training diverged in epoch") for status in trials.status)
     assert (trials.score == tune.FAILED).all() and trials.front.isna().all()
 

@@ -87,7 +87,7 @@ def test_each_target_has_its_own_alpha_s_predictions(n, p, device):
         assert len(set(fitted.choice)) > 1
         for j, a in enumerate(fitted.choice):
             reference = Ridge(alpha=ALPHAS[a], solver="svd").fit(betas, targets[:, j])
-            np.testing.assert_allclose(fitted.test[:, j], reference.predict(betas_test), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(fitted.test()[:, j], reference.predict(betas_test), rtol=1e-6, atol=1e-6)
             left_out, r2 = left_out_loop(betas, targets[:, [j]], ALPHAS[a], rows)
             np.testing.assert_allclose(to_numpy(fitted.left_out)[:, j] + fitted.mean[j], left_out[:, 0], rtol=1e-6, atol=1e-6)
             assert fitted.leave_one_out_r2[j] == pytest.approx(0 if j == 2 else r2[0], abs=1e-6)
@@ -101,7 +101,7 @@ def test_one_alpha_needs_no_choice():
     smoothers = make_smoothers([kernel.factorise(30.0)], betas_test, None)
     fitted = fit_block(smoothers, centre_targets(targets[:30], np.float64))
     assert not fitted.choice.any() and len(smoothers.rows) == 30
-    np.testing.assert_allclose(fitted.test, Ridge(alpha=30.0).fit(betas, targets[:30]).predict(betas_test), rtol=1e-9)
+    np.testing.assert_allclose(fitted.test(), Ridge(alpha=30.0).fit(betas, targets[:30]).predict(betas_test), rtol=1e-9)
 
 
 def test_alphas_never_see_test_targets_or_betas():
@@ -134,7 +134,7 @@ def test_penalties_by_group_are_scaled_voxels(n, device, monkeypatch):
     expected = reference.predict(betas_test / np.sqrt(penalties))
     smoothers = make_smoothers([factor], betas_test, [1, 5], GROUPS)
     fitted = fit_block(smoothers, centre_targets(targets, np.float64, device))
-    np.testing.assert_allclose(fitted.test, expected, rtol=1e-6)
+    np.testing.assert_allclose(fitted.test(), expected, rtol=1e-6)
     weights, intercept = factor.weights(targets)
     np.testing.assert_allclose(betas_test @ weights + intercept, expected, rtol=1e-6)
     left_out, _ = left_out_loop(betas / np.sqrt(penalties), targets, 7.0, [1, 5])
@@ -152,7 +152,7 @@ def test_parts_of_r2_add_up():
     parts = fitted.parts_of_r2(truth)
     assert parts.shape == (3, 6) and (parts[:, 2] == 0).all()
     spread = ((truth - targets.mean(0)) ** 2).sum(0)
-    total = 1 - ((truth - fitted.test) ** 2).sum(0) / np.where(spread > 0, spread, 1)
+    total = 1 - ((truth - fitted.test()) ** 2).sum(0) / np.where(spread > 0, spread, 1)
     kept = np.arange(6) != 2
     np.testing.assert_allclose(parts.sum(0)[kept], total[kept], rtol=1e-9)
 
