@@ -22,6 +22,9 @@ bench: install   ## benchmarks: every figure is a ratio measured side by side
 	$(BIN)/python benchmarks/vdvae.py
 	$(BIN)/python benchmarks/versatile_diffusion.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/ridge.py
+	$(BIN)/python benchmarks/glm.py
+	$(BIN)/python benchmarks/shared_model.py
 
 ui: install      ## MLflow's comparison of all runs, on http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --workers 1 \

@@ -20,6 +20,7 @@ import torch
 from skimage.color import rgb2gray
 from skimage.metrics import structural_similarity
 
+from nsdray.metrics.identification import two_way
 from nsdray.metrics.perceptual import compare, find_suite, passes, pixel_scores, prepare
 from nsdray.models.backbones import features, find_backbone, random_backbone
 
@@ -134,6 +135,12 @@ def main() -> None:
         totals[way] = total
     ratio = totals["reference"] / totals["nsdray"]
     print(f"  all of {N_TEST} pairs: {totals['reference']:.0f} s and {totals['nsdray']:.0f} s, ratio {ratio:.2f}")
+    random = np.random.default_rng(0)
+    for n in (N_TEST, 10_000):
+        truth, noise = random.standard_normal((2, n, SIZES["clip"]), np.float32)
+        started = time.perf_counter()
+        two_way(truth, truth + noise)
+        print(f"  two_way of {n} x {SIZES['clip']}: {time.perf_counter() - started:.3f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -295,12 +295,14 @@ def needed_bytes(subject: SubjectPlan, fits: Sequence[Fit], keep: bool) -> dict[
     """`ridge_bytes` of a subject's ridges. keep: with what lies in the object store meanwhile."""
     plan, config = subject.plan, subject.plan.config.ridge
     n, n_test = len(subject.image_ids("train")), len(subject.image_ids("test"))
-    sizes = [size for fit in fits for size in sizes_of(subject, fit, plan.columns(fit.kind))]
+    by_fit = [sizes_of(subject, fit, plan.columns(fit.kind)) for fit in fits]
+    sizes = [size for own in by_fit for size in own]
+    written = [max(own) for fit, own in zip(fits, by_fit) if plan.model(fit).config["settings"]["weights"]]
     return ridge_bytes(
         n, len(subject.voxels.index), n_test, n if config.held_out == "all" else n_test, min(N_TARGETS_BLOCK, sum(sizes)),
         np.dtype(config.dtype), n_alphas=len(config.alphas) if config.per_target else 1,
         n_groups=max(1, len(groups_of(subject))), decomposed=len(config.alphas) > 1 or config.n_penalties_drawn > 0, keep=keep,
-        n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)),
+        n_columns=min(sum(sizes), N_TARGETS_BLOCK + max(sizes)), n_weights=max(written, default=0),
     )  # fmt: skip
 
 

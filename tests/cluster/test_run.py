@@ -116,11 +116,15 @@ def test_a_suite_without_its_weights(finished, tmp_path, monkeypatch):
     message = "alexnet: its weights alexnet-.* are not in .* Without it: --evaluation.skip-missing"
     with pytest.raises(FileNotFoundError, match=message):
         Plan(replace(finished.config, evaluation=evaluation)).metrics("ridge")
-    plan = Plan(replace(finished.config, models=("ridge",), evaluation=replace(evaluation, skip_missing=True)))
+    plan = Plan(replace(finished.config, evaluation=replace(evaluation, skip_missing=True)))
     run.embed_test_sets(plan)
     run.evaluate_test_sets(plan)
-    text = report.report_table(plan)
-    assert "brain_diffuser/alexnet2: not computed, weights missing (alexnet-" in text
+    for text in (report.report_table(plan), report.report_page(plan)):
+        assert "brain_diffuser/alexnet2: not computed, weights missing (alexnet-" in text
+    (differences,) = report.difference_tables(plan)
+    cells = dict(zip(differences.header, differences.rows[0].cells))
+    assert cells["stage2/brain_diffuser/alexnet2"].text == "–" and "brain_diffuser/ssim" not in cells
+    assert float(cells["stage2/mini/ssim"].text) != 0
     means, before = (scores.mean_scores(p.subjects[0], "ridge") for p in (plan, finished))
     assert means["stage2/mini/clip/matched"] == before["stage2/mini/clip/matched"]
     assert 0 < means["stage2/brain_diffuser/ssim_columns/matched"] < 1 and "stage2/brain_diffuser/alexnet2/matched" not in means
@@ -170,12 +174,17 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     paper = next(r for r in published if r.info.run_name == "published: GRU 15 layers, subjects 1-2-5-7 (NSD)")
     assert paper.data.metrics["stage2_brain_diffuser_ssim_columns"] == 0.361
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
-    assert len(runs) == 5 and len(children) == 4
+    means = {r.data.params["model"]: r for r in children if r.data.params["subject"] == "1-2"}
+    children = [r for r in children if r.data.params["subject"] != "1-2"]
+    assert means.keys() == {"ridge", "gru", "mean", "nearest", "vae"} and len(children) == 4
+    assert means["gru"].info.run_name == "gru-3, subjects 1-2 (SIMULATED)"
+    pooled = scores.summary(finished, "gru")["stage1/mini/pixcorr/matched"].mean
+    assert means["gru"].data.metrics["stage1_mini_pixcorr"] == pytest.approx(pooled)
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)
     gru = next(r for r in children if r.data.params["model"] == "gru" and r.data.params["subject"] == "1")
     assert len(client.get_metric_history(gru.info.run_id, "val_loss")) == 4
-    means = scores.mean_scores(finished.subjects[0], "gru")
-    assert gru.data.metrics["stage1_mini_pixcorr"] == pytest.approx(means["stage1/mini/pixcorr/matched"])
+    own = scores.mean_scores(finished.subjects[0], "gru")
+    assert gru.data.metrics["stage1_mini_pixcorr"] == pytest.approx(own["stage1/mini/pixcorr/matched"])
     assert {f.path for f in client.list_artifacts(gru.info.run_id)} == {"grid.png", "decoder"}
 
 

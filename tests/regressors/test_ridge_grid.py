@@ -240,6 +240,8 @@ def test_full_size_needs_less_than_6_gb():
     for dtype in (np.float32, np.float64):
         assert max(ridge_bytes(**sizes, dtype=dtype, keep=True).values()) < 6e9
     assert max(ridge_bytes(**sizes, dtype=np.float32, decomposed=True).values()) < 6e9
+    layers = sizes | dict(n_columns=4096 + 16_384, n_weights=16_384)  # the VDVAE's largest layer, its weights written
+    assert max(ridge_bytes(**layers, dtype=np.float32, keep=True).values()) < 6e9
 
 
 def test_a_problem_that_does_not_fit_says_so_with_numbers():
