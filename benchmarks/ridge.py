@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from nsdray.cluster.data import read_columns
-from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK, pieces_of
+from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK, equal_shares, pieces_of
 from nsdray.models.vdvae import VDVAEConfig
 from nsdray.regressors.linalg import Scratch, find_device
 from nsdray.regressors.ridge import ridge_kernel
@@ -156,8 +156,9 @@ def measure_nsdray(folder: str, sizes: Sizes, dtype: str, with_moments: bool, fr
         prepare(folder, sizes, dtype, with_moments)
         prepared = time.perf_counter()
         todo = [("clip_vision", [CHECKED])] if token_only else blocks(fraction)
-        n = 1 if alone else 4 * pool._processes
-        shares = [(folder, sizes, dtype, with_moments, todo[i::n]) for i in range(n)]
+        n = 1 if alone else 2 * pool._processes
+        targets = [size_of(*block) for block in todo]
+        shares = [(folder, sizes, dtype, with_moments, todo[share]) for share in equal_shares(targets, n)]
         found = [solve_blocks(*shares[0])] if alone else pool.starmap(solve_blocks, shares, 1)
     merged = {"before": prepared - started, "targets": time.perf_counter() - prepared, "checked": found[0]["checked"]}
     peaks: dict[int, float] = {}

@@ -231,7 +231,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     if not calls:
         return
     settings = plan.config.cluster
-    n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls))
+    n_replicas, resources = pool_size(settings, ray.cluster_resources(), len(calls), strict=False)  # nodes may be lost by now
     retries = {"max_restarts": settings.max_retries, "max_task_retries": settings.max_retries}
     actor = ray.remote(Replica).options(**resources, **retries)
     arguments = replica_arguments(plan)
@@ -285,8 +285,10 @@ def partition_of(call: tuple[str, tuple[Any, ...]]) -> str:
     return folder if folder.startswith("subject=") else "shared"
 
 
-def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int) -> tuple[int, dict[str, float]]:
-    """Number of replicas and the resources of each."""
+def pool_size(
+    settings: ClusterConfig, available: dict[str, float], n_calls: int, strict: bool = True
+) -> tuple[int, dict[str, float]]:
+    """Number of replicas and the resources of each. strict: ValueError if more are configured than fit, instead of fewer."""
     gpus, cpus, share = available.get("GPU", 0), available.get("CPU", 1), settings.gpus_per_replica
     if gpus:
         per_gpu = int(1 / share) if share <= 1 else 1 / share
@@ -295,9 +297,9 @@ def pool_size(settings: ClusterConfig, available: dict[str, float], n_calls: int
     else:
         fits, resources = int(cpus), {"num_cpus": 1}
         n = settings.n_replicas or max(min(2, fits), fits // 2)
-    if n > max(1, fits):
+    if strict and n > max(1, fits):
         raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
-    return max(1, min(n, n_calls)), resources
+    return max(1, min(n, fits, n_calls)), resources
 
 
 def precision(device: str, dtype: str) -> AbstractContextManager:

@@ -22,7 +22,7 @@ from nsdray.cluster.tracking import settle, start_tracker, tracking_uri
 from nsdray.config import digest
 from nsdray.metrics.published import PUBLISHED
 from nsdray.stages import IMAGES, STAGE2_ONLY, Fit, Plan, SubjectPlan
-from nsdray.store import Inputs, Store, redacted
+from nsdray.store import Inputs, Stage, Store, redacted
 
 CHECKPOINT_BYTES = 64 << 20  # larger models stay in the store; MLflow gets their address
 
@@ -35,6 +35,7 @@ def train_all_subjects(plan: Plan) -> None:
         print("Everything is up to date.")
         return
     require_room(plan)
+    forget_lost_runs(plan)
     run.start_ray(plan)
     with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
         require_cluster(plan)
@@ -75,6 +76,7 @@ def judge(plan: Plan) -> None:
     if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
+    forget_lost_runs(plan)
     run.start_ray(plan)
     with tracking(plan) as tracker:
         start_runs(plan, tracker)
@@ -91,7 +93,7 @@ def noise_sensitivity(plan: Plan) -> str:
     if not is_possible(plan):
         raise ValueError("noise sensitivity needs a stage 2 that starts from the stage-1 picture: --stage2.start stage1")
     train_all_subjects(plan)
-    if noise_curves(plan) is None:
+    if noise_curves(plan) is None or b"Noise sensitivity" not in report_file(plan, "report.html"):
         run.start_ray(plan)
         make_noise_levels(plan)
         report_again(plan)
@@ -120,10 +122,24 @@ def run_inputs(subject: SubjectPlan) -> Inputs:
     return subject.inputs | mlflow_inputs(subject.plan.store)
 
 
+def forget_lost_runs(plan: Plan) -> None:
+    """Take back that results are in an MLflow that is gone, before the tracker makes a new database where it was."""
+    for each in (*plan.replicates, plan):
+        for subject, model in untracked(each):
+            each.tracked(model).begin(subject.folder, {"run.json": run_inputs(subject)})
+    stage, wanted = published_stage(plan)
+    stage.begin("all", wanted)
+
+
+def published_stage(plan: Plan) -> tuple[Stage, dict[str, Inputs]]:
+    """Where it is noted that the published figures are in MLflow, and what for."""
+    records = [dataclasses.asdict(record) for record in PUBLISHED]
+    return plan.store.stage("runs/published", {"records": records}), {"run.json": mlflow_inputs(plan.store)}
+
+
 def track_published(plan: Plan, tracker: Any) -> None:
     """Log the published figures once, each as a run tagged source=published, under the names that ours have."""
-    records = [dataclasses.asdict(record) for record in PUBLISHED]
-    stage, wanted = plan.store.stage("runs/published", {"records": records}), {"run.json": mlflow_inputs(plan.store)}
+    stage, wanted = published_stage(plan)
     if not stage.missing("all", wanted):
         return
     for record in PUBLISHED:

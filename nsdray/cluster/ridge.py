@@ -27,6 +27,7 @@ from nsdray.cluster.ridge_factors import (
     candidates_of,
     choose,
     decompose,
+    equal_shares,
     groups_of,
     make_kernel,
     pieces_of,
@@ -263,16 +264,16 @@ def fit_ridge(subject: SubjectPlan, fits: Sequence[Fit]) -> list[ray.ObjectRef]:
         written = betas if own["weights"] else None
         blocks = blocks_of(plan.columns(fit.kind), sizes_of(subject, fit, plan.columns(fit.kind)))
         tasks = [fit_blocks.options(**share).remote(shared, fit, written, used, smoothers, inverse, some)
-                 for some in batches(blocks)]  # fmt: skip
+                 for some in batches(subject, fit, blocks)]  # fmt: skip
         done.append(write_fit.remote(shared, fit, written, scaling, used if written else None, choice, *tasks))
     return done
 
 
-def batches(blocks: list[list[str]]) -> Iterator[list[list[str]]]:
-    """Blocks in as many tasks as keep every CPU busy, several to a task so that it can read ahead."""
-    n = max(1, len(blocks) // (4 * int(ray.cluster_resources().get("CPU", 1))))
-    for start in range(0, len(blocks), n):
-        yield blocks[start : start + n]
+def batches(subject: SubjectPlan, fit: Fit, blocks: list[list[str]]) -> Iterator[list[list[str]]]:
+    """Blocks in as many tasks as keep every CPU busy to the end, several to a task so that it can read ahead."""
+    sizes = [sum(sizes_of(subject, fit, block)) for block in blocks]
+    for share in equal_shares(sizes, 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))):
+        yield blocks[share]
 
 
 def task_options(subject: SubjectPlan, needed: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -48,6 +48,13 @@ def pieces_of(n_targets: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:])]
 
 
+def equal_shares(sizes: Sequence[int], n: int) -> list[slice]:
+    """At most n runs of neighbours with about the same sum of sizes."""
+    ends = np.cumsum(sizes)
+    bounds = np.searchsorted(ends - np.array(sizes) / 2, ends[-1] * np.arange(n + 1) / n)  # each goes where its middle is
+    return [slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:]) if stop > start]
+
+
 def sizes_of(subject: SubjectPlan, fit: Fit, columns: Sequence[str]) -> list[int]:
     """Targets in each of these columns."""
     sizes = dict(zip(subject.plan.columns(fit.kind), subject.plan.shapes(fit.kind)))

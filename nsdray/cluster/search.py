@@ -135,9 +135,10 @@ def cost_chart(plan: Plan, trials: pd.DataFrame, name: str) -> bytes:
             for model, own in whole.groupby("model")}  # fmt: skip
     lines = {}
     for who, mask in fronts(plan, trials, column).items():
-        cost, score = (column, "score") if who == "all" else (f"{column}_{who}", f"score_{who}")
-        front = trials[mask].sort_values(cost if cost in trials else column)
-        lines["Pareto front" if who == "all" else f"subject {who}"] = factor * front[column], front[score]
+        own, score = (column, "score") if who == "all" else (f"{column}_{who}", f"score_{who}")
+        cost = own if own in trials else column
+        front = trials[mask].sort_values(cost)
+        lines["Pareto front" if who == "all" else f"subject {who}"] = factor * front[cost], front[score]
     return dot_chart(dots, label, "score of validation pictures", lines)
 
 

@@ -74,7 +74,7 @@ class Tracker:
         self.names: dict[str, str] = {}
         self.ended: set[str] = set()
         self.epochs: dict[str, set[int]] = {}
-        self.queue: Queue[tuple[str, Callable[..., None], tuple]] = Queue()
+        self.queue: Queue[tuple[str, str, Callable[..., None], tuple]] = Queue()
         self.lock, self.unsent, self.n_done = threading.Lock(), Counter(), 0
         self.trouble, self.refused = "", []
 
@@ -128,14 +128,14 @@ class Tracker:
     # The sending thread.
 
     def _later(self, key: str, write: Callable[..., None], *arguments: Any) -> None:
+        name = self.names.get(key, key)
         with self.lock:
-            self.unsent[self.names.get(key, key)] += 1
-        self.queue.put((key, write, arguments))
+            self.unsent[name] += 1
+        self.queue.put((name, key, write, arguments))
 
     def _send(self) -> None:
         while True:
-            key, write, arguments = self.queue.get()
-            name = self.names.get(key, key)
+            name, key, write, arguments = self.queue.get()
             while not self._sent(name, key, write, arguments):
                 time.sleep(RETRY_S)
             with self.lock:
@@ -225,7 +225,8 @@ def is_away(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.get_http_status_code() in PASSING
     known = ConnectionError, TimeoutError, requests.RequestException, OperationalError
-    return isinstance(error, known) or is_out_of_space(error) or type(error).__name__ == "EndpointConnectionError"  # botocore's
+    boto = "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"
+    return isinstance(error, known) or is_out_of_space(error) or type(error).__name__ in boto
 
 
 def one_line(error: Exception) -> str:

@@ -30,10 +30,15 @@ Method = Literal["sample", "gcv", "all"]
 T = TypeVar("T")
 
 
-def r_squared(residual: Array, truth: Array) -> np.ndarray:
-    """1 - sum residual^2 / sum truth^2 over the rows of (n, n_targets): (n_targets,) float64; 0 where truth is all 0."""
-    lost, spread = ((x * x).sum(0) for x in (residual, truth))
-    return fraction_left(to_numpy(lost), to_numpy(spread))
+def r_squared(residual: Array, truth: Array, factor: float = 1.0) -> np.ndarray:
+    """1 - sum residual^2 / sum (factor truth)^2 over the rows of (n, n_targets): (n_targets,) float64; 0 where truth is all 0."""
+    lost, spread = (to_numpy(sum_of_squares(x)) for x in (residual, truth))
+    return fraction_left(lost, spread.astype(np.float64) * factor**2)
+
+
+def sum_of_squares(x: Array) -> Array:
+    """Over the rows of (n, n_targets), without a second array of that size."""
+    return (np if device_of(x) is None else torch).einsum("ij,ij->j", x, x)
 
 
 def fraction_left(lost: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -143,7 +148,8 @@ class BlockFit:
 
     def left_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the leave-one-out predictions, (n_targets,) float32."""
-        return moments(to_numpy(self.left_out) + self._mean)
+        mean, std = moments(to_numpy(self.left_out))
+        return (mean + self.mean).astype(np.float32), std
 
     def parts_of_r2(self, truth: np.ndarray) -> np.ndarray:
         """How much of each target's R2 in the test set comes from each group, (n_groups, n_targets) float64.
@@ -185,7 +191,7 @@ def fit_block(smoothers: Smoothers, block: TargetBlock, scores: np.ndarray | Non
     for g in range(len(parts)):
         by_choice(smoothers.test[:, g], block.centred, choice, parts[g])
     truth = block.centred[smoothers.rows]
-    r2 = r_squared(truth - left_out, truth * (n / (n - 1)))
+    r2 = r_squared(truth - left_out, truth, n / (n - 1))
     return BlockFit(choice, left_out, parts, block.mean, r2)
 
 

@@ -356,3 +356,4 @@ def test_pool_size():
     assert pool_size(ClusterConfig(gpus_per_replica=0.5), {"CPU": 64.0, "GPU": 4.0}, 6)[0] == 6
     with pytest.raises(ValueError, match="n_replicas is 5, but the cluster has room for 2"):
         pool_size(ClusterConfig(n_replicas=5), {"CPU": 2.0}, 9)
+    assert pool_size(ClusterConfig(n_replicas=5), {"CPU": 2.0}, 9, strict=False)[0] == 2
