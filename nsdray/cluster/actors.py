@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import ActorUnavailableError
 from tqdm import tqdm
 
 from nsdray.cluster.metrics import record, subject_label
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # importing diffusers takes seconds
     from nsdray.models.versatile_diffusion import VersatileDiffusion
 
 N_FEATURES_BATCH = 16
+UNREACHABLE_S = 120.0
+"""Seconds that a replica may be out of reach before that is an error; Ray takes some 10 to find that a node is gone."""
 Rows = tuple[Stage, str, list[str]]
 """Where the targets of some test images lie: a stage, a partition, and the shards that hold them together, in order."""
 
@@ -237,7 +240,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     arguments = replica_arguments(plan)
     replicas = [actor.remote(*arguments) for _ in range(n_replicas)]
     idle, running, waiting = list(range(n_replicas)), {}, list(calls)
-    totals, done = Counter(partition_of(call) for call in calls), Counter()
+    totals, done, unreachable = Counter(partition_of(call) for call in calls), Counter(), {}
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
         while waiting or running:
             while idle and waiting:
@@ -248,7 +251,15 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
             record_queue(calls, waiting, [call for _, call, _ in running.values()])
             for finished in ray.wait(list(running))[0]:
                 replica, call, started = running.pop(finished)
-                ray.get(finished)
+                try:
+                    ray.get(finished)
+                except ActorUnavailableError:  # its node is gone, or cut off for a moment: Ray will find out which
+                    if time.monotonic() - unreachable.setdefault(replica, time.monotonic()) > UNREACHABLE_S:
+                        raise
+                    time.sleep(1.0)
+                    running[getattr(replicas[replica], call[0]).remote(*call[1])] = replica, call, started
+                    continue
+                unreachable.pop(replica, None)
                 idle.append(replica)
                 record_shard(call, replica, time.perf_counter() - started)
                 done[partition_of(call)] += 1

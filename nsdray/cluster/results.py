@@ -176,7 +176,7 @@ def start_runs(plan: Plan, tracker: Any) -> None:
     subjects = "-".join(str(subject.subject) for subject in plan.subjects)
     for model in plan.sources:
         params = {"model": model, "subject": subjects} | ({} if plan.is_referee else {"n_layers": config.n_layers})
-        own = f"{parent}/{model}", f"{label(plan, model)}, subjects {subjects}{suffix(plan)}"
+        own = f"{parent}/{model}", f"{label(plan, model)} subjects {subjects}{suffix(plan)}"
         ray.get(tracker.start.remote(*own, params, tags | {"model": model, "subject": subjects}, parent))
     for subject, model in untracked(plan):
         params = {"model": model, "subject": subject.subject, "n_test": len(subject.image_ids("test"))}

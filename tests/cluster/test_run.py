@@ -177,7 +177,7 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     means = {r.data.params["model"]: r for r in children if r.data.params["subject"] == "1-2"}
     children = [r for r in children if r.data.params["subject"] != "1-2"]
     assert means.keys() == {"ridge", "gru", "mean", "nearest", "vae"} and len(children) == 4
-    assert means["gru"].info.run_name == "gru-3, subjects 1-2 (SIMULATED)"
+    assert means["gru"].info.run_name == "gru-3 subjects 1-2 (SIMULATED)"
     pooled = scores.summary(finished, "gru")["stage1/mini/pixcorr/matched"].mean
     assert means["gru"].data.metrics["stage1_mini_pixcorr"] == pytest.approx(pooled)
     assert all(r.info.status == "FINISHED" and r.data.tags["data"] == "simulated" for r in runs)

@@ -47,7 +47,7 @@ from nsdray.config import (
 from nsdray.stages import Fit, Plan
 
 CHECKOUT = Path(__file__).parent.parent.parent
-N_EPOCHS = 60
+N_EPOCHS = 30
 NODE = {"num_cpus": 1, "object_store_memory": 256 << 20}
 
 
@@ -256,7 +256,7 @@ def check_mlflow(plan: Plan, uri: str, n_epochs: int = N_EPOCHS) -> None:
 
 
 def checkpoints(root: Path) -> set[str]:
-    return {path.name for path in root.glob("training/*/checkpoint_*")}
+    return {path.name for path in root.glob("training/*/checkpoint_2*")}
 
 
 GRU = ("models/gru*", "predictions/gru*", "reconstructions/*gru*", "features/*gru*", "metrics/gru*")
@@ -319,7 +319,7 @@ def test_two_nodes_are_removed_and_no_mlflow_server_is_there(undisturbed, nodes,
         nodes.remove(nodes.others[0])
         seconds = until(lambda: list(root.glob("predictions/ridge*/*/_SUCCESS")), 200, "the predictions", running)
         print(f"second node removed: ridge's predictions there after {seconds:.1f} s")
-        runs = r"ridge-3 subject 1 \(SIMULATED\), gru-3 subject 1 \(SIMULATED\)"
+        runs = "ridge-3 subject 1, gru-3 subject 1"
         message = rf"MLflow at {server.uri} has taken nothing for 3 seconds .* Not logged: {runs}.* start the job again"
         with pytest.raises(ConnectionError, match=message):
             running.result(timeout=300)
@@ -368,7 +368,7 @@ def test_the_disk_is_full_in_training_and_in_reconstruction(undisturbed, tmp_pat
         root = disk / "run"
         plan = copy_without(undisturbed, root, *GRU)
         before = shards(root)
-        for sign in ("training/*/checkpoint_*", "reconstructions/stage1-gru*/*/*.parquet"):
+        for sign in ("training/*/checkpoint_2*", "reconstructions/stage1-gru*/*/*.parquet"):
             with job(plan) as running:
                 until(lambda sign=sign: list(root.glob(sign)), 120, sign, running)
                 started = time.monotonic()
