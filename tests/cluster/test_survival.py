@@ -328,6 +328,7 @@ def test_two_nodes_are_removed_and_no_mlflow_server_is_there(undisturbed, nodes,
     assert [name for name, when in second.items() if finished[name] != when] == []
     assert len(untracked(Plan(plan.config))) == 2
 
+    nodes.complete()
     server.start()
     started = time.monotonic()
     train_all_subjects(Plan(plan.config))
