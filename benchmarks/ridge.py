@@ -156,7 +156,7 @@ def measure_nsdray(folder: str, sizes: Sizes, dtype: str, with_moments: bool, fr
         prepare(folder, sizes, dtype, with_moments)
         prepared = time.perf_counter()
         todo = [("clip_vision", [CHECKED])] if token_only else blocks(fraction)
-        n = 1 if alone else 2 * pool._processes
+        n = 1 if alone else 4 * pool._processes
         targets = [size_of(*block) for block in todo]
         shares = [(folder, sizes, dtype, with_moments, todo[share]) for share in equal_shares(targets, n)]
         found = [solve_blocks(*shares[0])] if alone else pool.starmap(solve_blocks, shares, 1)

@@ -272,7 +272,7 @@ def fit_ridge(subject: SubjectPlan, fits: Sequence[Fit]) -> list[ray.ObjectRef]:
 def batches(subject: SubjectPlan, fit: Fit, blocks: list[list[str]]) -> Iterator[list[list[str]]]:
     """Blocks in as many tasks as keep every CPU busy to the end, several to a task so that it can read ahead."""
     sizes = [sum(sizes_of(subject, fit, block)) for block in blocks]
-    for share in equal_shares(sizes, 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))):
+    for share in equal_shares(sizes, 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))):
         yield blocks[share]
 
 
