@@ -483,7 +483,8 @@ class ClusterConfig:
     n_gpus: int | None = None
     """GPUs to wait for at the start. A cluster that grows and shrinks is asked for them (cluster.yaml). None: those there are."""
     n_train_workers: int = 1
-    """Ray Train workers per network; gradients are averaged over them."""
+    """Ray Train workers per network; gradients are averaged over them. Without dropout and batch statistics any number gives the
+    same losses, to rounding; with them, each worker has its own dropout and normalises by its own share of a batch."""
     cpus_per_train_worker: float = 1.0
     """CPUs reserved by a worker. Its Ray Data tasks reserve none, so that trainings cannot starve them."""
     max_retries: int = 3
