@@ -15,7 +15,8 @@ from nsdray.cluster.results import report_again, untracked
 def run() -> None:
     plan = plan_from_command_line(__doc__)
     if untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted):
-        raise ValueError(f"this run is not finished; python jobs/train_all_subjects.py {plan.config.recipe} … finishes it")
+        job = "evaluate.py" if plan.is_referee else "train_all_subjects.py"
+        raise ValueError(f"this run is not finished; python jobs/{job} {plan.config.recipe} … finishes it")
     report_again(plan)
     print(f"report: {plan.report.uri(plan.report_partition)}/report.html")
 

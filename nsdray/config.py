@@ -408,6 +408,8 @@ class EvaluationConfig:
     """Leave out metrics whose weights are not there, and say so in the table, instead of stopping."""
     controls: bool = True
     """Also reconstruct and score without the brain's help: from the mean training targets, and the nearest training image."""
+    ceiling: bool = True
+    """Also reconstruct from the true latents and tokens, once for all models: the most that stages 1 and 2 could reach."""
     n_bootstrap: int = 2000
     """Resamples of the test images behind each interval."""
     seeds: tuple[int, ...] = ()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +28,12 @@ class Cell:
 
 
 def show(estimate: Estimate | None) -> Cell:
-    """A mean with its interval; a dash for None."""
+    """A mean with its interval, to as many digits (three or more) as the interval's width gives a meaning; a dash for None."""
     if estimate is None:
         return Cell("–")
-    return Cell(f"{estimate.mean:.3f}", f"{estimate.low:.3f} … {estimate.high:.3f}")
+    width = estimate.high - estimate.low
+    n = max(3, 1 - math.floor(math.log10(width))) if width > 0 else 3
+    return Cell(f"{estimate.mean:.{n}f}", f"{estimate.low:.{n}f} … {estimate.high:.{n}f}")
 
 
 @dataclass(frozen=True)

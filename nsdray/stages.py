@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nsdray.metrics.foreign import ForeignPictures, find_pictures
 from nsdray.metrics.perceptual import Metric, find_suite
 from nsdray.metrics.table import N_POOL
 from nsdray.mini import VERSATILE_DIFFUSION, weights_path
+from nsdray.models.backbones import BACKBONES
 from nsdray.models.backbones import weights_file as backbone_weights
 from nsdray.models.checkpoint import weights_file
 from nsdray.models.clip import CLIPConfig, published_checkpoint
@@ -48,7 +49,13 @@ ROWS_PER_PICTURES = 64
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, hexadecimal; computed anew only when its size or time has changed."""
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # plans of noise levels and seeds share gigabytes of weights
+def _file_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -196,6 +203,11 @@ class Plan:
     def is_referee(self) -> bool:
         """Whether reconstructions made elsewhere are scored."""
         return self.config.evaluation.images is not None
+
+    @property
+    def has_ceiling(self) -> bool:
+        """Whether there are pictures from true latents and tokens."""
+        return self.config.evaluation.ceiling and not self.is_referee
 
     @property
     def has_stage2(self) -> bool:
@@ -350,7 +362,7 @@ class Plan:
     def pictures_of(self, model: str | None) -> dict[str, Stage]:
         """All stages of pictures that a model (or a control) has, by name; None: those from the truth."""
         names = ["stage2"] if model in STAGE2_ONLY else self.picture_stages
-        if model is None and self.is_referee:
+        if model is None and not self.has_ceiling:
             return {}
         return {name: getattr(self, name)(model) for name in names}
 
@@ -363,9 +375,12 @@ class Plan:
         """Weight file of a metric's network; FileNotFoundError says where to get it."""
         if name == "clip_mini":
             return weights_path("clip")
-        if name == "clip_vit_l14" and self.config.clip.model == "ViT-L-14":
-            return self.clip_checkpoint
-        return backbone_weights(name, self.config.evaluation.weights)
+        weights = self.config.evaluation.weights
+        folder = Path(weights).expanduser().resolve() if weights else None
+        named = folder is not None and (folder / BACKBONES[name].file).is_file()
+        if name == "clip_vit_l14" and self.config.clip.model == "ViT-L-14" and not named:
+            return self.clip_checkpoint  # the one that the tokens come from
+        return backbone_weights(name, folder)
 
     @cached_property
     def backbone_files(self) -> dict[str, Path]:
@@ -393,7 +408,8 @@ class Plan:
         """Scores of the test images."""
         stages = [stage for source in (model, None) for stage in self.pictures_of(source).values()]
         features = [self.features(stage).hash for stage in stages]
-        return self._stage(f"metrics/{self._source(model)}", features=features, n_pool=N_POOL)
+        settings = {"features": features, "n_pool": N_POOL, "pixels": "from the size that they were made in"}
+        return self._stage(f"metrics/{self._source(model)}", **settings)
 
     def tracked(self, name: str) -> Stage:
         """What has been written to MLflow."""

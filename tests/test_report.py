@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render
+from nsdray.metrics.bootstrap import Estimate
+from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render, show
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
 
@@ -35,6 +36,12 @@ def test_page_says_what_it_is_given():
     text = page()
     assert "Scores &lt;&amp;&gt;" in text and "0.4 … 0.6" in text and "SIMULATED" in text and 'class="reference"' in text
     assert 'name="viewport"' in text
+
+
+def test_small_differences_are_printed_to_their_interval_s_digits():
+    assert show(Estimate(0.0009, 0.0004, 0.0015, 0.0003)) == Cell("0.0009", "0.0004 … 0.0015")
+    assert show(Estimate(0.61, 0.55, 0.67, 0.03)) == Cell("0.610", "0.550 … 0.670")
+    assert show(Estimate(1.0, 1.0, 1.0, 0.0)) == Cell("1.000", "1.000 … 1.000") and show(None) == Cell("–")
 
 
 def test_chart_is_svg():

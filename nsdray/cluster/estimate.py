@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from nsdray.cluster.data import GROUPS_PER_BLOCK
 from nsdray.cluster.ridge import memory_needed
 from nsdray.cluster.train import build
 from nsdray.metrics.perceptual import Preparation, passes
+from nsdray.metrics.table import N_IMAGES_BATCH
 from nsdray.models.backbones import find_backbone
 from nsdray.models.checkpoint import weight_shapes, weights_file
 from nsdray.regressors import REGRESSORS
@@ -46,6 +48,13 @@ def stage_sizes(plan: Plan) -> list[Size]:
 def write_samples_memory(subject: SubjectPlan) -> int:
     """What averaging one subject's repeats holds: all its trials as int16, and a session."""
     return 2 * len(subject.trials.image_id) * len(subject.voxels.index) + 200_000_000
+
+
+def evaluate_memory(subject: SubjectPlan) -> int:
+    """What scoring one test set holds: the largest features of truth, pictures and ceiling, and a batch of pictures as floats."""
+    suites = subject.plan.config.evaluation.suites
+    largest = max((n for suite in suites for n in feature_values(suite)), default=0)
+    return 3 * FLOAT * len(subject.image_ids("test")) * largest + N_IMAGES_BATCH * 8 * FLOAT * STIMULUS + 200_000_000
 
 
 def _data_sizes(plan: Plan) -> list[Size]:
@@ -111,7 +120,7 @@ def _fit_bytes(plan: Plan, fit: Fit, subject: SubjectPlan, n_targets: int) -> tu
 def _picture_sizes(plan: Plan) -> list[Size]:
     config, sizes, n_sets = plan.config, [], 0
     pixels = {"stage1": VDVAE_CONFIGS[config.targets.vdvae]().image_size, "stage2": PICTURE_SIZES.get(config.stage2.model, 0)}
-    features = FLOAT * sum(feature_values(suite) for suite in config.evaluation.suites)
+    features = FLOAT * sum(n for suite in config.evaluation.suites for n in feature_values(suite))
     for name in plan.picture_stages:
         raw, disk = 3 * pixels[name] ** 2, 0
         partitions = {(source, subject.pictures(source)[0]): len(subject.image_ids("test"))
@@ -123,7 +132,7 @@ def _picture_sizes(plan: Plan) -> list[Size]:
         sizes.append(Size(f"reconstructions/{name}", disk, ROWS_PER_PICTURES * 8 * raw))
     n_test = max(len(subject.image_ids("test")) for subject in plan.subjects)
     sizes.append(Size("features", features * (n_test + n_sets), ROWS_PER_PICTURES * (STIMULUS + 2 * features)))
-    return [*sizes, Size("metrics", 0, n_test * (3 * STIMULUS + 2 * features))]
+    return [*sizes, Size("metrics", 0, max(evaluate_memory(subject) for subject in plan.subjects))]
 
 
 def present(stage: Stage, partition: str) -> int:
@@ -139,12 +148,11 @@ def _present_if_known(stage, partition: str) -> int:
         return 0
 
 
-def feature_values(suite: str) -> int:
-    """Values that a suite's networks give for one picture, from a pass over shapes alone."""
-    total = 0
-    for (name, preparation), metrics in passes(suite).items():
-        total += sum(_node_sizes(name, preparation, tuple(metric.node for metric in metrics)))
-    return total
+@lru_cache
+def feature_values(suite: str) -> tuple[int, ...]:
+    """Values that each of a suite's feature metrics keeps of one picture, from a pass over shapes alone."""
+    nodes = {key: tuple(metric.node for metric in metrics) for key, metrics in passes(suite).items()}
+    return tuple(n for (name, preparation), own in nodes.items() for n in _node_sizes(name, preparation, own))
 
 
 def _node_sizes(name: str, preparation: Preparation, nodes: tuple[str, ...]) -> list[int]:

@@ -25,8 +25,8 @@ def is_possible(plan: Plan) -> bool:
 
 
 def noise_plans(plan: Plan) -> dict[str, Plan]:
-    """A plan per row of the table, by its label: the first model only, without controls."""
-    evaluation = replace(plan.config.evaluation, controls=False, seeds=())
+    """A plan per row of the table, by its label: the first model only, without controls and ceiling."""
+    evaluation = replace(plan.config.evaluation, controls=False, ceiling=False, seeds=())
     base = replace(plan.config, models=plan.config.models[:1], evaluation=evaluation)
     plans = {f"{level:g}": Plan(replace(base, stage2=replace(base.stage2, noise=level))) for level in LEVELS}
     return plans | {WITHOUT: Plan(replace(base, stage2=replace(base.stage2, start="noise", strength=1.0)))}
@@ -66,13 +66,26 @@ def noise_section(plan: Plan) -> Section | None:
         return None
     metrics = list(next(iter(curves.values())))
     rows = [Row([Cell(label), *(show(own[metric]) for metric in metrics)]) for label, own in curves.items()]
-    lines = {}
-    for metric in metrics:
-        values = [own[metric] for own in curves.values()]
-        lines[metric] = Line(np.arange(len(values)), *([getattr(v, part) for v in values] for part in ("mean", "low", "high")))
-    curve = line_chart(lines, "noise added to the stage-1 picture (0–255)", "mean over test images", list(curves))
+    figures = []
+    for (suite, direction), names in charts_of(plan, metrics).items():
+        lines = {}
+        for metric in names:
+            values = [own[metric] for own in curves.values()]
+            parts = ([getattr(value, part) for value in values] for part in ("mean", "low", "high"))
+            lines[metric.removeprefix(f"{suite}/")] = Line(np.arange(len(values)), *parts)
+        axis = "noise added to the stage-1 picture (0–255)"
+        figures.append(Figure(line_chart(lines, axis, "mean over test images", list(curves)), f"{suite}: {direction} is better"))
     text = [
         "N(0, 1) noise times the first column is added to the stage-1 picture in 0..255 and clipped; tokens stay as they are. "
         f"Stage 2 of {plan.config.models[0]}, {source_name(plan)}."
     ]
-    return Section("Noise sensitivity", text, [Table(["noise", *metrics], rows)], [Figure(curve)])
+    return Section("Noise sensitivity", text, [Table(["noise", *metrics], rows)], figures, side_by_side=True)
+
+
+def charts_of(plan: Plan, metrics: list[str]) -> dict[tuple[str, str], list[str]]:
+    """Which metrics one chart shows: those of a suite of which the same direction is better."""
+    charts: dict[tuple[str, str], list[str]] = {}
+    for metric in plan.suite_metrics:
+        if metric.name in metrics:
+            charts.setdefault((metric.name.split("/")[0], metric.direction), []).append(metric.name)
+    return charts

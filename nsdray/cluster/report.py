@@ -4,14 +4,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
 from nsdray.cluster import run
 from nsdray.cluster.noise import noise_section
 from nsdray.cluster.ridge_report import ridge_section
-from nsdray.cluster.scores import mean_scores, pooled, scores_of, source_name, spread_over_seeds, summary, table_columns
+from nsdray.cluster.scores import (
+    common_images,
+    mean_scores,
+    pooled,
+    scores_of,
+    source_name,
+    spread_over_seeds,
+    summary,
+    table_columns,
+)
 from nsdray.metrics.bootstrap import bootstrap, paired_difference
 from nsdray.metrics.published import PUBLISHED
 from nsdray.metrics.table import N_POOL, format_table
@@ -19,6 +28,7 @@ from nsdray.models.backbones import BACKBONES
 from nsdray.report import Cell, Code, Figure, Line, Row, Section, Table, line_chart, picture_grid, png, render, show
 from nsdray.seeds import rng
 from nsdray.stages import IMAGES, Plan, SubjectPlan
+from nsdray.store import redacted
 
 N_GRID_IMAGES = 12
 N_EXTREMES = 4
@@ -45,7 +55,7 @@ def report_table(plan: Plan) -> str:
             if plan.replicates:
                 line(model, "seeds", spread_over_seeds(plan, model))
             line(model, "chance", means, "chance")
-            if not plan.is_referee:
+            if plan.has_ceiling:
                 line(model, "ceiling", means, "ceiling")
     what = plan.config.evaluation.images if plan.is_referee else f"{plan.config.n_layers} VDVAE layers"
     title = f"Means over test images, {source_name(plan)}, {what}; ±: half the 95 % interval"
@@ -68,6 +78,12 @@ def metric_notes(plan: Plan) -> list[str]:
     if "tokens/forward" in table_columns(plan):
         n_pool = min([N_POOL, *(len(subject.image_ids("test")) for subject in plan.subjects)])
         notes.append(f"tokens: top-1 retrieval among {n_pool} images by predicted CLIP-vision tokens; forward: brain to image")
+    notes.append("chance: the same pictures, paired with other images: what the betas of another image would give")
+    numbers = [len(subject.image_ids("test")) for subject in plan.subjects]
+    if (n_common := len(common_images(plan))) < max(numbers):
+        notes.append(f"all: the {n_common} test images that every subject saw (subjects alone: {', '.join(map(str, numbers))})")
+    if plan.replicates:
+        notes.append("seeds: of trainings; the draws of stages 1 and 2 are the same in all")
     missing = [metric for metric in plan.suite_metrics if metric.backbone and metric.backbone not in plan.backbone_files]
     notes += [f"{metric.name}: not computed, weights missing ({BACKBONES[metric.backbone].file})" for metric in missing]
     return notes
@@ -103,12 +119,12 @@ def score_section(plan: Plan) -> Section:
 def difference_tables(plan: Plan) -> list[Table]:
     """Each other model less the first, paired by image."""
     first, *others = plan.models
-    columns, n = table_columns(plan), plan.config.evaluation.n_bootstrap
+    columns, resamples = table_columns(plan), (plan.config.evaluation.n_bootstrap, plan.config.seed)
     base, rows = pooled(plan, first), []
     for model in others:
         own = pooled(plan, model)
         keys = [f"{name}/matched" for name in columns]
-        cells = (show(paired_difference(own[key], base[key], n) if key in own else None) for key in keys)
+        cells = (show(paired_difference(own[key], base[key], *resamples) if key in own else None) for key in keys)
         rows.append(Row([Cell(f"{model} − {first}"), *cells]))
     if not rows:
         return []
@@ -117,7 +133,7 @@ def difference_tables(plan: Plan) -> list[Table]:
 
 def subject_tables(plan: Plan) -> list[Table]:
     """One table per subject, folded."""
-    columns, tables, evaluation = table_columns(plan), [], plan.config.evaluation
+    columns, tables, resamples = table_columns(plan), [], (plan.config.evaluation.n_bootstrap, plan.config.seed)
     for subject in plan.subjects:
         rows = []
         for model in plan.sources:
@@ -126,7 +142,7 @@ def subject_tables(plan: Plan) -> list[Table]:
             cells = (groups.get(name) for name in columns)
             rows.append(
                 Row([Cell(LABELS.get(model, model)),
-                     *(show(None if c is None else bootstrap(c.to_numpy(), evaluation.n_bootstrap)) for c in cells)])
+                     *(show(None if c is None else bootstrap(c.to_numpy(), *resamples)) for c in cells)])
             )  # fmt: skip
         voxels = "" if plan.is_referee else f"{len(subject.voxels.index)} voxels, "
         title = f"Subject {subject.subject}: {voxels}{len(subject.image_ids('test'))} test images"
@@ -135,19 +151,22 @@ def subject_tables(plan: Plan) -> list[Table]:
 
 
 def published_section(plan: Plan) -> Section | None:
-    """What papers print under the same suites' definitions. Only beside figures of NSD."""
+    """What papers print under the same suites' definitions, below our own. Only beside figures of NSD."""
     names = {metric.name for metric in plan.suite_metrics}
-    rows = [record for record in PUBLISHED if names & record.values.keys()]
-    if plan.is_simulated or not rows:
+    records = [record for record in PUBLISHED if names & record.values.keys()]
+    if plan.is_simulated or not records:
         return None
-    columns = [metric.name for metric in plan.suite_metrics if any(metric.name in record.values for record in rows)]
+    columns = [metric.name for metric in plan.suite_metrics if any(metric.name in record.values for record in records)]
+    subjects, stage = " ".join(str(subject.subject) for subject in plan.subjects), plan.picture_stages[-1]
     lines = []
-    for record in rows:
-        layers = f", {record.n_layers} layers" if record.n_layers else ""
-        noise = "" if record.noise_amplitude is None else f", noise {record.noise_amplitude:g}"
-        who = Cell(f"{record.system}{layers}{noise}, subjects {' '.join(map(str, record.subjects))}", record.source)
-        lines.append(Row([who, *(Cell(f"{record.values[c]:.3f}" if c in record.values else "–") for c in columns)]))
-    cautions = "\n".join(dict.fromkeys(f"{record.system}: {record.caution}" for record in rows if record.caution))
+    for model in plan.models:
+        own, layers = summary(plan, model), "" if plan.is_referee else f", {plan.config.n_layers} layers"
+        cells = (show(own.get(f"{stage}/{name}/matched")) for name in columns)
+        lines.append(Row([Cell(f"here: {model}{layers}, subjects {subjects}"), *cells]))
+    for record in records:
+        cells = (Cell(f"{record.values[name]:.3f}" if name in record.values else "–") for name in columns)
+        lines.append(Row([Cell(record.label, record.source), *cells], True))
+    cautions = "\n".join(dict.fromkeys(f"{record.system}: {record.caution}" for record in records if record.caution))
     text = ["As printed, under the suite that its definitions are (or are taken to be) those of; read the cautions."]
     return Section("Published results (NSD)", text, [Table(["system", *columns], lines)], code=[Code("Cautions", cautions)])
 
@@ -169,8 +188,8 @@ def curve_section(plan: Plan) -> Section | None:
     return Section("Learning curves", figures=figures, side_by_side=True) if figures else None
 
 
-def columns_of(subject: SubjectPlan, rows: np.ndarray | slice) -> dict[str, np.ndarray]:
-    """Pictures of some test images: seen | each model's stages | the last stage from the truth."""
+def columns_of(subject: SubjectPlan, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Pictures of some test images: seen | each model's stages | the last stage from the truth, if that was made."""
     plan = subject.plan
     columns = {"seen": run.seen_pictures(subject, rows)}
     if plan.is_referee:
@@ -178,7 +197,8 @@ def columns_of(subject: SubjectPlan, rows: np.ndarray | slice) -> dict[str, np.n
     for model in plan.models:
         for number, stage in enumerate(plan.picture_stages, 1):
             columns[f"{model}, stage {number}"] = run.decoded_pictures(subject, model, stage, rows)
-    columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1], rows)
+    if plan.has_ceiling:
+        columns["from the truth"] = run.decoded_pictures(subject, None, plan.picture_stages[-1], rows)
     return columns
 
 
@@ -187,7 +207,8 @@ def subject_grid(subject: SubjectPlan) -> bytes:
     plan = subject.plan
     what = plan.config.evaluation.images if plan.is_referee else f"{plan.config.n_layers} layers"
     title = f"subject {subject.subject}, {what}, {source_name(plan)}"
-    return png(picture_grid(columns_of(subject, slice(N_GRID_IMAGES)), title, n_columns_side=2))
+    rows = np.arange(min(N_GRID_IMAGES, len(subject.image_ids("test"))))
+    return png(picture_grid(columns_of(subject, rows), title, n_columns_side=2))
 
 
 def picture_section(subject: SubjectPlan) -> Section:
@@ -201,7 +222,8 @@ def picture_section(subject: SubjectPlan) -> Section:
     n = len(scores[pixel])
     k, chosen = min(N_EXTREMES, n), {}
     middle = max(0, n // 2 - k // 2)
-    for name in (*semantic[:1], pixel):
+    judged_by = [name for name in semantic if name.endswith("/clip/matched")] or semantic  # AlexNet's early layers see no objects
+    for name in (*judged_by[-1:], pixel):
         stage, _, metric = name.removesuffix("/matched").partition("/")
         order = np.lexsort((-scores[pixel], -scores[name]))  # the pixel metric decides between equals
         places = {"best": order[:k], "median": order[middle : middle + k], "worst": order[-k:]}
@@ -217,14 +239,22 @@ def provenance(plan: Plan) -> Section:
     hashes = {} if plan.is_referee else {"VDVAE": plan.vdvae_sha256}
     if plan.has_stage2 and not plan.is_referee:
         hashes |= {"CLIP": plan.clip_sha256, "Versatile Diffusion": plan.diffusion_sha256}
-    packages = {name: version(name) for name in ("nsdray", "ray", "torch", "diffusers", "open_clip_torch", "numpy", "pyarrow")}
+    packages = {name: version_of(name) for name in ("nsdray", "ray", "torch", "diffusers", "open_clip_torch", "numpy", "pyarrow")}
     code = [
-        Code("Configuration", json.dumps(dataclasses.asdict(plan.config), indent=1)),
+        Code("Configuration", redacted(json.dumps(dataclasses.asdict(plan.config), indent=1))),
         Code("SHA-256 of the weights", json.dumps(hashes | plan.backbones_sha256, indent=1)),
         Code("Versions", json.dumps({"python": platform.python_version()} | packages, indent=1)),
         Code("Data sets", "\n".join(f"{name}: {stage.uri()}" for name, stage in data_sets(plan).items())),
     ]
     return Section("Configuration and provenance", code=code)
+
+
+def version_of(package: str) -> str:
+    """Its version; nsdray itself may come as a folder of files, as `ray job submit` brings it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "from source, not installed"
 
 
 def data_sets(plan: Plan) -> dict[str, object]:

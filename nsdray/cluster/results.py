@@ -78,7 +78,7 @@ def judge(plan: Plan) -> None:
         return
     forget_lost_runs(plan)
     run.start_ray(plan)
-    with tracking(plan) as tracker:
+    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
         start_runs(plan, tracker)
         run.import_images(plan)
         run.embed_test_sets(plan)
@@ -93,11 +93,23 @@ def noise_sensitivity(plan: Plan) -> str:
     if not is_possible(plan):
         raise ValueError("noise sensitivity needs a stage 2 that starts from the stage-1 picture: --stage2.start stage1")
     train_all_subjects(plan)
-    if noise_curves(plan) is None or b"Noise sensitivity" not in report_file(plan, "report.html"):
+    stage, wanted = noise_stage(plan)
+    if noise_curves(plan) is None or stage.missing(plan.report_partition, wanted):
         run.start_ray(plan)
-        make_noise_levels(plan)
+        with enough_gpus(plan.config.cluster):
+            require_cluster(plan)
+            make_noise_levels(plan)
         report_again(plan)
+        stage.claim()
+        plan.store.write_bytes(f"{stage.folder}/{plan.report_partition}/run.json", b"{}")
+        stage.finish(plan.report_partition, wanted)
     return noise_table(plan, noise_curves(plan))
+
+
+def noise_stage(plan: Plan) -> tuple[Stage, dict[str, Inputs]]:
+    """Where it is noted that the noise levels are in the report and in MLflow, and what for."""
+    subjects = plan.report_wanted["report.html"]
+    return plan.store.stage("runs/noise", {"report": plan.report.hash}), {"run.json": subjects | mlflow_inputs(plan.store)}
 
 
 def report_again(plan: Plan) -> None:
@@ -143,10 +155,7 @@ def track_published(plan: Plan, tracker: Any) -> None:
     if not stage.missing("all", wanted):
         return
     for record in PUBLISHED:
-        subjects = "-".join(map(str, record.subjects))
-        layers = f" {record.n_layers} layers" if record.n_layers else ""
-        noise = "" if record.noise_amplitude is None else f", noise {record.noise_amplitude:g}"
-        name = f"published: {record.system}{layers}, subjects {subjects}{noise} (NSD)"
+        subjects, name = "-".join(map(str, record.subjects)), f"published: {record.label} (NSD)"
         key = f"published/{digest(dataclasses.asdict(record))}"
         params = {"system": record.system, "subject": subjects, "n_layers": record.n_layers, "reference": record.source}
         tags = {"source": "published", "data": "nsd", "caution": record.caution}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from nsdray.cluster import ridge
 from nsdray.cluster.actors import Rows, gather, read_rows, run_replicas, write_pictures
 from nsdray.cluster.data import read_samples, read_targets, write_samples, write_session, write_voxels
-from nsdray.cluster.estimate import write_samples_memory
+from nsdray.cluster.estimate import evaluate_memory, write_samples_memory
 from nsdray.cluster.train import train_networks
 from nsdray.decoder import Decoder
 from nsdray.generators.stage1 import enlarge, from_png
@@ -294,26 +295,27 @@ def embed_test_sets(plan: Plan) -> None:
 
 
 def seen_pictures(subject: SubjectPlan, rows: np.ndarray | slice = ALL) -> np.ndarray:
-    """Some test images as the subject saw them, uint8 (n, h, w, 3)."""
+    """Some test images (n_rows,) as the subject saw them, uint8 (n_rows, h, w, 3)."""
     with Stimuli(subject.plan.layout.stimuli) as stimuli:
         return stimuli.read(subject.image_ids("test")[rows])
 
 
-def decoded_pictures(
-    subject: SubjectPlan, model: str | None, stage: str = "stage1", rows: np.ndarray | slice = ALL
-) -> np.ndarray:
-    """Pictures "stage1" or "stage2" of some test images at the stimuli's size; model None: those from the truth."""
-    plan = subject.plan
-    source = getattr(plan, stage)(model)
-    partition, wanted = subject.pictures(model)
-    cells = [cell for shard in wanted for cell in source.read(partition, shard, [stage])[stage]]
-    with Stimuli(plan.layout.stimuli) as stimuli:
-        shape = stimuli.shape
-    chosen = np.arange(len(cells))[rows]
-    pictures = np.empty((len(chosen), *shape, 3), np.uint8)
-    for place, row in enumerate(chosen):  # one at a time: they are larger before and smaller after
-        pictures[place] = enlarge(from_png(cells[row].as_py())[None], shape)[0]
-    return pictures
+def made_pictures(subject: SubjectPlan, model: str | None, stage: str, rows: np.ndarray) -> np.ndarray:
+    """Pictures "stage1" or "stage2" of some test images (n_rows,) in the size that they were made in, uint8 (n_rows, h, w, 3);
+    model None: those from the truth. Only the shards that hold them are read."""
+    source, (partition, wanted) = getattr(subject.plan, stage)(model), subject.pictures(model)
+    shards, pictures = list(wanted), {}
+    for shard in np.unique(rows // ROWS_PER_PICTURES):
+        cells = source.read(partition, shards[shard], [stage])[stage]
+        for row in rows[rows // ROWS_PER_PICTURES == shard]:
+            pictures[row] = from_png(cells[int(row % ROWS_PER_PICTURES)].as_py())
+    return np.stack([pictures[row] for row in rows])
+
+
+def decoded_pictures(subject: SubjectPlan, model: str | None, stage: str, rows: np.ndarray) -> np.ndarray:
+    """The same at the stimuli's size, to be looked at."""
+    with Stimuli(subject.plan.layout.stimuli) as stimuli:
+        return enlarge(made_pictures(subject, model, stage, rows), stimuli.shape)
 
 
 def read_features(subject: SubjectPlan, pictures: Stage | None, model: str | None, metric: str) -> np.ndarray:
@@ -345,12 +347,12 @@ def evaluate_subject(subject: SubjectPlan, model: str) -> None:
     """Score one subject's test set: a row per image, stage, metric and pairing."""
     plan, image_ids = subject.plan, subject.image_ids("test")
     scores = [] if model in (*STAGE2_ONLY, IMAGES) else prediction_scores(subject, model) + token_scores(subject, model)
-    seen = seen_pictures(subject)
+    seen = partial(seen_pictures, subject)
     for stage in plan.pictures_of(model):
         sources = [source for source in (model, None) if stage in plan.pictures_of(source)]
-        pictures = [decoded_pictures(subject, source, stage) for source in sources]
+        pictures = [partial(made_pictures, subject, source, stage) for source in sources]
         for suite in plan.config.evaluation.suites:
-            scores += [(stage, *score) for score in picture_scores(suite, seen, *pictures)]
+            scores += [(stage, *score) for score in picture_scores(suite, len(image_ids), seen, *pictures)]
         for metric in plan.suite_metrics:
             if metric.backbone in plan.backbone_files:
                 features = [read_features(subject, plan.pictures_of(m)[stage], m, metric.name) for m in sources]
@@ -377,5 +379,6 @@ def evaluate_test_sets(plan: Plan) -> None:
     partitions = metrics_partitions(plan)
     missing = begin(partitions)
     todo = [pair for pair, (stage, folder, _) in zip(pairs, partitions) if missing[stage.folder, folder]]
-    gather([evaluate_subject.remote(subject, model) for subject, model in todo], "evaluate", "test set")
+    tasks = [evaluate_subject.options(memory=evaluate_memory(subject)).remote(subject, model) for subject, model in todo]
+    gather(tasks, "evaluate", "test set")
     finish(partitions)

@@ -20,8 +20,17 @@ def mean_scores(subject: SubjectPlan, model: str) -> dict[str, float]:
     return {"/".join(key): float(value) for key, value in means.items()}
 
 
+def common_images(plan: Plan) -> set[int]:
+    """Test images that all subjects saw."""
+    return set.intersection(*(set(subject.image_ids("test").tolist()) for subject in plan.subjects))
+
+
 def pooled(plan: Plan, model: str) -> dict[str, np.ndarray]:
-    """Scores of the images that all subjects saw, by "stage/metric/pairing": (n_images, n_subjects) each."""
+    """Scores of the images that all subjects saw, by "stage/metric/pairing": (n_images, n_subjects) each. ValueError if these
+    are fewer than two."""
+    if (n := len(common_images(plan))) < 2:
+        subjects = ", ".join(str(subject.subject) for subject in plan.subjects)
+        raise ValueError(f"subjects {subjects} have {n} test images in common; means over subjects need 2: decode each alone")
     keys = ["stage", "metric", "pairing", "image_id"]
     frames = [scores_of(subject, model).set_index(keys)["value"] for subject in plan.subjects]
     table = pd.concat(frames, axis=1, join="inner").sort_index()

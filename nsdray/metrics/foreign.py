@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,7 +39,8 @@ class ForeignPictures:
     def read(self, image_ids: np.ndarray) -> np.ndarray:
         """Their pictures, uint8 (n, h, w, 3). ValueError for pictures of several sizes, or what is no picture."""
         if self.path.is_file():
-            return _as_uint8(_load(self.path)[[self.places[int(i)] for i in image_ids]], self.path)
+            rows = _opened(self.path)[[self.places[int(i)] for i in image_ids]]
+            return _as_uint8(_as_numpy(rows), self.path)
         pictures = []
         for image_id in image_ids:
             path = self.path / self.places[int(image_id)]
@@ -66,9 +68,13 @@ def find_pictures(path: Path, image_ids: np.ndarray, order: str = "auto") -> For
         return _of_array(path, ids, order)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there; --images names a folder of reconstructions, or a file of all")
-    names = {file.stem: file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES}
-    numbers = {int(stem): name for stem, name in names.items() if stem.isdecimal()}
-    if odd := sorted(name for stem, name in names.items() if not stem.isdecimal()):
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    numbers: dict[int, str] = {}
+    for file in files:
+        if file.stem.isdecimal() and numbers.setdefault(int(file.stem), file.name) != file.name:
+            both = f"{numbers[int(file.stem)]} and {file.name}"
+            raise ValueError(f"{path} has both {both}; which one is meant? Move the other elsewhere")
+    if odd := [file.name for file in files if not file.stem.isdecimal()]:
         raise ValueError(
             f"{path}: {len(odd)} pictures are not named by a number alone, such as {', '.join(odd[:MANY])}. Name them by their "
             "0-based image_id, or 0, 1, … in the order in which the subject saw them first, or move them elsewhere"
@@ -86,7 +92,7 @@ def find_pictures(path: Path, image_ids: np.ndarray, order: str = "auto") -> For
 
 
 def _of_array(path: Path, ids: list[int], order: str) -> ForeignPictures:
-    n = len(_load(path))
+    n = len(_opened(path))
     order = "sorted" if order == "auto" else order
     if order == "image_id":
         raise ValueError(f"{path} is one file, whose rows have no names: --order sorted or first_seen")
@@ -99,8 +105,8 @@ def _of_array(path: Path, ids: list[int], order: str) -> ForeignPictures:
     return ForeignPictures(path, {image_id: row for row, image_id in enumerate(rows)}, order)
 
 
-def _load(path: Path) -> np.ndarray:
-    """A file's array, mapped into memory where the format allows it; nothing in it is run."""
+def _opened(path: Path) -> Any:
+    """A file's array or tensor, mapped into memory where the format allows it; nothing in it is run."""
     try:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -108,10 +114,17 @@ def _load(path: Path) -> np.ndarray:
             import torch
 
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return tensor.to(torch.float32).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"it holds a {type(tensor).__name__}")
+            return tensor
     except Exception as error:
         raise ValueError(f"{path} holds no plain array ({error}). Save a tensor, or a folder of pictures") from error
     raise ValueError(f"{path}: files of reconstructions end in {', '.join(ARRAYS)}")
+
+
+def _as_numpy(rows: Any) -> np.ndarray:
+    """An array as it is, a tensor as an array; NumPy knows no bfloat16."""
+    return rows if isinstance(rows, np.ndarray) else (rows.float() if rows.is_floating_point() else rows).numpy()
 
 
 def _as_uint8(pictures: np.ndarray, path: Path) -> np.ndarray:

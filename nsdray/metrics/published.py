@@ -46,6 +46,13 @@ class Published:
     noise_amplitude: float | None = None
     """Factor of the N(0, 1) noise added to the stage-1 picture in 0..255. None: no noise study."""
 
+    @property
+    def label(self) -> str:
+        """"GRU, 15 layers, subjects 1 2 5 7"."""
+        layers = f", {self.n_layers} layers" if self.n_layers else ""
+        noise = "" if self.noise_amplitude is None else f", noise {self.noise_amplitude:g}"
+        return f"{self.system}{layers}{noise}, subjects {' '.join(map(str, self.subjects))}"
+
 
 def _row(suite: str, figures: tuple[float | None, ...]) -> dict[str, float]:
     """Figures in the order of HEADINGS, under the suite's metric names."""

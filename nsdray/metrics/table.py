@@ -5,7 +5,8 @@ the true latents).
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,6 +20,8 @@ N_POOL = 300  # test images to retrieve among, as MindEye; fewer if there are fe
 N_IMAGES_BATCH = 32
 Score = tuple[str, str, np.ndarray]
 """(metric, pairing, values (n,) float64), pairing one of "matched", "chance", "ceiling"."""
+Reader = Callable[[np.ndarray], np.ndarray]
+"""Gives the pictures of some rows of a test set, uint8 (n_rows, h, w, 3), so that those of all need not be in memory."""
 
 
 def wrong_pairings(n: int, seed: int = 0, n_pairings: int = 5) -> list[np.ndarray]:
@@ -49,28 +52,28 @@ def retrieval_scores(truth: np.ndarray, prediction: np.ndarray) -> Iterator[Scor
         yield name, "chance", np.full(len(truth), 1 / n_pool)
 
 
-def picture_scores(
-    suite: str, seen: np.ndarray, pictures: np.ndarray, ceiling: np.ndarray | None = None
-) -> Iterator[Score]:
-    """A suite's pixel metrics of uint8 pictures (n, h, w, 3): as seen, as decoded, and as the models give them from the truth
-    (None: there are no such).
+def picture_scores(suite: str, n: int, seen: Reader, pictures: Reader, ceiling: Reader | None = None) -> Iterator[Score]:
+    """A suite's pixel metrics of a test set of n images: as seen, as decoded, and as the models give them from the truth (None:
+    there are no such). Decoded pictures come at the size that they were made in: how they are resized is the suite's affair.
 
     Chance: the decoded pictures against other images, over at most 5 wrong pairings (fewer for large test sets, where one
     is precise enough).
     """
-    pairings = wrong_pairings(len(seen), n_pairings=max(1, min(5, 300 // len(seen))))
-    everyone = np.arange(len(seen))
-
-    def scored(rows: np.ndarray, decoded: np.ndarray) -> dict[str, np.ndarray]:
-        batches = np.array_split(everyone, -(-len(seen) // N_IMAGES_BATCH))  # NSD's pictures are large
-        parts = [dict(pixel_scores(suite, seen[rows[batch]], decoded[batch])) for batch in batches]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    chance = [scored(other, pictures) for other in pairings]
-    found = {"matched": scored(everyone, pictures)} | ({} if ceiling is None else {"ceiling": scored(everyone, ceiling)})
-    found["chance"] = {name: np.mean([wrong[name] for wrong in chance], 0) for name in chance[0]}
-    for pairing, scores in found.items():
-        yield from ((name, pairing, values) for name, values in scores.items())
+    wrong = wrong_pairings(n, n_pairings=max(1, min(5, 300 // n)))
+    found: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for rows in np.array_split(np.arange(n), -(-n // N_IMAGES_BATCH)):
+        decoded = pictures(rows)
+        pairs = [("matched", seen(rows), decoded)] + [("chance", seen(other[rows]), decoded) for other in wrong]
+        if ceiling is not None:
+            pairs.append(("ceiling", pairs[0][1], ceiling(rows)))
+        scores = defaultdict(list)
+        for pairing, truth, own in pairs:
+            for name, values in pixel_scores(suite, truth, own):
+                scores[name, pairing].append(values)
+        for key, values in scores.items():
+            found[key].append(np.mean(values, 0))
+    for (name, pairing), values in found.items():
+        yield name, pairing, np.concatenate(values)
 
 
 def feature_scores(
@@ -85,11 +88,18 @@ def feature_scores(
 
 
 def format_table(rows: list[dict[str, object]]) -> str:
-    """A text table from dicts with the same keys; floats get three decimals, None a dash.
+    """A text table from dicts with the same keys; floats get three decimals (latent errors four: models differ by less than a
+    thousandth), None a dash.
 
     What stands before a "/" in neighbouring keys goes to a line above them, once.
     """
-    cells = [["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+
+    def cell(key: str, value: object) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.{4 if key.startswith('latents/') else 3}f}" if isinstance(value, float) else str(value)
+
+    cells = [[cell(key, value) for key, value in row.items()] for row in rows]
     groups = [key.rpartition("/")[0] for key in rows[0]]
     header = [key.rpartition("/")[2] for key in rows[0]]
     above = [group if i == 0 or group != groups[i - 1] else "" for i, group in enumerate(groups)]

@@ -11,8 +11,10 @@ from PIL import Image
 
 from nsdray.cluster import noise, report, results, run, scores
 from nsdray.config import StoreConfig
-from nsdray.generators.stage1 import from_png
-from nsdray.stages import IMAGES, Fit, Plan
+from nsdray.generators.stage1 import enlarge, from_png
+from nsdray.metrics.perceptual import pixel_scores
+from nsdray.models.backbones import BACKBONES
+from nsdray.stages import IMAGES, Fit, Plan, SubjectPlan
 from nsdray.store import view_column
 
 
@@ -46,6 +48,51 @@ def test_pictures_made_elsewhere_score_as_the_run_does(finished, tmp_path, way):
             assert value == ours[name.replace("images/", "stage2/", 1)]
     page = report.report_file(plan, "report.html").decode()
     assert "reconstructions made elsewhere" in page and "SIMULATED" in page
+
+
+def test_pictures_made_elsewhere_are_scored_in_their_own_size(finished, tmp_path):
+    """MindEye's suite goes from a picture's own size through 256; nothing may resize it before."""
+    subject = finished.subjects[0]
+    ids, random = subject.image_ids("test"), np.random.default_rng(0)
+    seen = run.seen_pictures(subject)
+    made = enlarge(seen, (300, 300)).astype(np.int16) + random.integers(-60, 60, (len(ids), 300, 300, 3))
+    made = made.clip(0, 255).astype(np.uint8)
+    for i, picture in enumerate(made):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    data = replace(finished.config.data, subjects=(1,))
+    evaluation = replace(finished.config.evaluation, images=str(tmp_path), suites=("mindeye",), skip_missing=True)
+    plan = Plan(replace(finished.config, data=data, evaluation=evaluation))
+    results.judge(plan)
+    means = scores.mean_scores(plan.subjects[0], IMAGES)
+    for name, values in pixel_scores("mindeye", seen, made):
+        assert means[f"{IMAGES}/{name}/matched"] == pytest.approx(values.mean(), abs=1e-6)
+    with_detour = dict(pixel_scores("mindeye", seen, enlarge(made, seen.shape[1:3])))
+    assert abs(with_detour["mindeye/ssim"].mean() - means[f"{IMAGES}/mindeye/ssim/matched"]) > 0.01
+
+
+def test_means_over_subjects_say_which_images_they_are_of(finished, monkeypatch):
+    plan = Plan(finished.config)
+    ids = {subject: subject.image_ids("test") for subject in plan.subjects}
+    fewer = {subject.subject: ids[subject][: len(ids[subject]) - 2 * i] for i, subject in enumerate(plan.subjects)}
+    monkeypatch.setattr(SubjectPlan, "image_ids", lambda self, split: fewer[self.subject])
+    n_all, n_fewer = (len(fewer[subject.subject]) for subject in plan.subjects)
+    note = f"all: the {n_fewer} test images that every subject saw (subjects alone: {n_all}, {n_fewer})"
+    assert note in report.metric_notes(plan)
+    fewer[plan.subjects[1].subject] = fewer[plan.subjects[1].subject][:1]
+    with pytest.raises(ValueError, match="have 1 test images in common"):
+        scores.pooled(plan, "ridge")
+
+
+def test_metrics_weights_come_from_the_named_folder_first(finished, tmp_path):
+    """Also CLIP's, though the tokens' CLIP would do: that one is only taken when the folder has none."""
+    own, tokens = tmp_path / "metrics" / BACKBONES["clip_vit_l14"].file, tmp_path / "clip.safetensors"
+    clip = replace(finished.config.clip, model="ViT-L-14", checkpoint=str(tokens))
+    config = replace(finished.config, clip=clip, evaluation=replace(finished.config.evaluation, weights=str(own.parent)))
+    tokens.touch()
+    assert Plan(config).backbone_file("clip_vit_l14") == tokens
+    own.parent.mkdir()
+    own.touch()
+    assert Plan(config).backbone_file("clip_vit_l14") == own
 
 
 def test_retrieval_is_scored_on_predicted_tokens(finished):
@@ -85,8 +132,20 @@ def test_noise_curves_go_into_the_report(finished, monkeypatch):
     assert list(curves) == ["0", "256", noise.WITHOUT] and all(label in table for label in curves)
     own = scores.summary(finished, "ridge")
     assert curves["0"]["mini/pixcorr"] == own["stage2/mini/pixcorr/matched"]
-    assert curves["256"]["mini/pixcorr"].mean < curves["0"]["mini/pixcorr"].mean
+    for metric in ("mini/pixcorr", "mini/ssim"):
+        assert curves["256"][metric].mean < curves["0"][metric].mean
     assert "Noise sensitivity" in report.report_file(finished, "report.html").decode() and "Noise sensitivity" not in before
+    unused = noise.noise_plans(finished)["256"].stage2(None).folder  # from the truth: no row of the table shows it
+    assert not finished.store.sizes(f"{unused}/{finished.subjects[0].pictures(None)[0]}")
+    # killed between the page and MLflow: the next start logs it
+    stage, wanted = results.noise_stage(finished)
+    assert not stage.missing(finished.report_partition, wanted)
+    stage.begin(finished.report_partition, {"run.json": {}})
+    logged = []
+    monkeypatch.setattr(results, "report_again", lambda plan: logged.append(plan))
+    results.noise_sensitivity(finished)
+    results.noise_sensitivity(finished)
+    assert logged == [finished]
     with pytest.raises(ValueError, match="--stage2.start stage1"):
         results.noise_sensitivity(Plan(replace(finished.config, stage2=replace(finished.config.stage2, model="none"))))
 
@@ -100,6 +159,8 @@ def test_published_figures_stand_beside_nsd_s_only(finished):
     table = report.published_section(nsd).tables[0]
     gru = next(row for row in table.rows if row.cells[0].text == "GRU, 15 layers, subjects 1 2 5 7")
     assert gru.cells[list(table.header).index("brain_diffuser/ssim_columns")].text == "0.361"
+    ours = [row.cells[0].text for row in table.rows if not row.reference]
+    assert ours == [f"here: {model}, {nsd.config.n_layers} layers, subjects 1 2" for model in nsd.models]
     assert not any(name.startswith("mini/") for name in table.header)
 
 

@@ -38,6 +38,13 @@ def test_folder(tmp_path, names, order, taken, values):
     np.testing.assert_array_equal(found.read(IDS[::-1])[:, 0, 0, 0], values[::-1])
 
 
+@pytest.mark.parametrize("names", [["0.png", "00.png", "1.png", "2.png"], ["0.png", "1.bmp", "1.png", "2.png"]])
+def test_two_pictures_of_one_number_are_refused(tmp_path, names):
+    write(tmp_path, names)
+    with pytest.raises(ValueError, match=f"{names[0 if '00' in names[1] else 1]} and .*which one is meant"):
+        find_pictures(tmp_path, IDS)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".npy"])
 @pytest.mark.parametrize(("order", "values"), [("auto", [2, 0, 1]), ("first_seen", [0, 1, 2])])
 @pytest.mark.parametrize("form", ["uint8 hwc", "float chw", "half chw"])
