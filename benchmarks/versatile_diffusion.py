@@ -18,42 +18,20 @@ import torch
 from diffusers import AutoencoderKL
 
 from nsdray.models.clip import CLIP, CLIPConfig
-from nsdray.models.versatile_diffusion import VersatileDiffusion, build_unet
+from nsdray.models.versatile_diffusion import (
+    PUBLISHED_SCHEDULER,
+    PUBLISHED_UNET,
+    PUBLISHED_VAE,
+    VersatileDiffusion,
+    build_unet,
+)
 from nsdray.targets.clip_tokens import unconditional_tokens
-
-UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-VAE = {
-    "sample_size": 512,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-}
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def random_model(device: str, dtype: torch.dtype) -> VersatileDiffusion:
     """The published architecture with small random weights, made without a float32 copy."""
     with torch.device("meta"):
-        model = VersatileDiffusion(build_unet(UNET), AutoencoderKL.from_config(VAE), SCHEDULER)
+        model = VersatileDiffusion(build_unet(PUBLISHED_UNET), AutoencoderKL.from_config(PUBLISHED_VAE), PUBLISHED_SCHEDULER)
     model = model.to(dtype).to_empty(device=device)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -96,12 +74,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8 if on_gpu else 2, help="of nsdray's way")
     parser.add_argument("--n-steps", type=int, default=37 if on_gpu else 2, help="denoising steps that are run")
     arguments = parser.parse_args()
+    batch_size = min(arguments.batch_size, arguments.n_images)
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"Versatile Diffusion, 512 x 512, random weights, {where}, {arguments.n_images} pictures, {arguments.n_steps} steps")
     seconds = {}
-    for way, label in (("reference", "one at a time"), ("nsdray", f"nsdray, batches of {arguments.batch_size}")):
+    for way, label in (("reference", "one at a time"), ("nsdray", f"nsdray, batches of {batch_size}")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            seconds[way], peak = pool.apply(measure, (way, arguments.n_images, arguments.batch_size, arguments.n_steps))
+            seconds[way], peak = pool.apply(measure, (way, arguments.n_images, batch_size, arguments.n_steps))
         print(f"  {label:24s} {seconds[way]:8.2f} s a picture   peak {peak:5.1f} GiB", flush=True)
     print(f"  ratio {seconds['reference'] / seconds['nsdray']:.2f}   (goal on a GPU: 3)")
 

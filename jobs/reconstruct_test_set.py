@@ -5,26 +5,23 @@
     python jobs/reconstruct_test_set.py mini --stage2.sampler ddim --stage2.n-steps 50 --stage2.guidance 7.5
     python jobs/reconstruct_test_set.py mini --stage2.context text --stage2.start noise --stage2.strength 1
 
-What comes before (betas, targets, regressors) is brought up to date first. Pictures are PNG in Parquet; scores, grids and
-MLflow runs follow. Other settings of stage 2 redo stage 2 only.
+What comes before (betas, targets, regressors) is brought up to date first. Pictures are PNG in Parquet. It stops there and
+needs no weights of metrics: scores, grids and MLflow runs are made by jobs/train_all_subjects.py with the same settings. Other
+settings of stage 2 redo stage 2 only.
 """
 from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.report import report_file
-from nsdray.cluster.results import train_all_subjects
+from nsdray.cluster.results import reconstruct_all_subjects
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    train_all_subjects(plan)
-    print(f"\n{report_file(plan, 'table.txt').decode()}")
+    reconstruct_all_subjects(plan)
     for model in plan.config.models:
         for stage in plan.picture_stages:
             print(f"{model}, {stage}: {getattr(plan, stage)(model).uri()}")
-    for subject in plan.subjects:
-        print(f"seen | stage 1 | stage 2: {plan.report.uri(plan.report_partition)}/subject{subject.subject:02d}.png")
 
 
 if __name__ == "__main__":

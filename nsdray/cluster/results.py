@@ -41,17 +41,41 @@ def train_all_subjects(plan: Plan) -> None:
         require_cluster(plan)
         for each in everything:
             start_runs(each, tracker)
-            run.prepare_betas(each)
-            run.extract_targets(each)
-            run.fit_models(each, tracker)
-            run.predict_test_sets(each)
-            run.reconstruct_test_sets(each)
+            make_pictures(each, tracker)
             run.embed_test_sets(each)
             run.evaluate_test_sets(each)
             write_report(each)
         for each in everything:
             track_results(each, tracker)
         track_published(plan, tracker)
+
+
+def make_pictures(plan: Plan, tracker: Any) -> None:
+    """Every stage up to the pictures of the test sets."""
+    run.prepare_betas(plan)
+    run.extract_targets(plan)
+    run.fit_models(plan, tracker)
+    run.predict_test_sets(plan)
+    run.reconstruct_test_sets(plan)
+
+
+def reconstruct_all_subjects(plan: Plan) -> None:
+    """Bring the pictures of the test sets up to date, and no more: nothing is scored or logged, so the weights of the metrics'
+    networks need not be there. `train_all_subjects` does the rest, learning curves included."""
+    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
+    unscored = dataclasses.replace(plan.config, evaluation=dataclasses.replace(plan.config.evaluation, skip_missing=True))
+    plan = Plan(unscored)  # its pictures are the same ones
+    everything = (*plan.replicates, plan)
+    stages = [(each, name) for each in everything for name in each.picture_stages]
+    if not run.anything_missing([found for stage in stages for _, _, found in run.picture_partitions(*stage)]):
+        print("Everything is up to date.")
+        return
+    require_room(plan)
+    run.start_ray(plan)
+    with enough_gpus(plan.config.cluster):
+        require_cluster(plan)
+        for each in everything:
+            make_pictures(each, tracker=None)
 
 
 @contextlib.contextmanager

@@ -282,7 +282,7 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
     plan, cluster = subjects[0].plan, subjects[0].plan.config.cluster
     who, folder = ("all", "all") if fit.is_shared else (str(subjects[0].subject), subjects[0].folder)
     name = f"{plan.model(fit).folder}/{folder}-{digest([subject.inputs for subject in subjects])}".replace("/", "_")
-    keys = [subject.run_key(fit.regressor) for subject in subjects] if fit.kind == "vdvae" else []  # tokens: history.json
+    keys = [subject.run_key(fit.regressor) for subject in subjects] if tracker and fit.kind == "vdvae" else []  # or history.json
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     trainer = ray.train.torch.TorchTrainer(
         train_worker,

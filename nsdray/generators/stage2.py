@@ -38,19 +38,23 @@ def refine_pictures(
     seeds, size = draws.image_seeds(seed, image_ids), diffusion.image_size
     pictures = []
     for rows, n_valid in padded_batches(len(seeds), batch_size):
-        start = None
-        if stage1 is not None:
-            start = torch.from_numpy(enlarge(stage1[rows], (size, size))).permute(0, 3, 1, 2).float()
-            if noise:
-                start = (start + noise * draws.normal([seeds[i] for i in rows], "stage-1 noise", start.shape[1:])).clamp(0, 255)
-            start = start / 255
+        of_rows = [seeds[i] for i in rows]
+        start = None if stage1 is None else to_start(stage1[rows], size, of_rows, noise)
         tokens = [None if x is None else torch.from_numpy(x[rows].astype(np.float32)) for x in (vision, text)]
-        refined = diffusion.generate([seeds[i] for i in rows], *tokens, unconditional, start, **settings)
+        refined = diffusion.generate(of_rows, *tokens, unconditional, start, **settings)
         pictures.append(refined[:n_valid].numpy())
     return np.concatenate(pictures)
 
 
-@torch.inference_mode()
+def to_start(pictures: np.ndarray, size: int, seeds: Sequence[int], noise: float = 0.0) -> torch.Tensor:
+    """Pictures uint8 (n, h, w, 3) as the diffusion model takes them, (n, 3, size, size) in [0, 1]; noise and its seeds as in
+    `refine_pictures`."""
+    images = torch.from_numpy(enlarge(pictures, (size, size))).permute(0, 3, 1, 2).float()
+    if noise:
+        images = (images + noise * draws.normal(seeds, "stage-1 noise", images.shape[1:])).clamp(0, 255)
+    return images / 255
+
+
 def round_trip(
     diffusion: VersatileDiffusion, pictures: np.ndarray, image_ids: Sequence[int], seed: int = 0, batch_size: int = 8
 ) -> np.ndarray:
@@ -60,6 +64,7 @@ def round_trip(
     """
     seeds, size, found = draws.image_seeds(seed, image_ids), diffusion.image_size, []
     for rows, n_valid in padded_batches(len(seeds), batch_size):
-        images = torch.from_numpy(enlarge(pictures[rows], (size, size))).permute(0, 3, 1, 2).float() / 255
-        found.append(diffusion.decode(diffusion.encode(images, [seeds[i] for i in rows]))[:n_valid].numpy())
+        of_rows = [seeds[i] for i in rows]
+        latents = diffusion.encode(to_start(pictures[rows], size, of_rows), of_rows)
+        found.append(diffusion.decode(latents)[:n_valid].numpy())
     return np.concatenate(found)

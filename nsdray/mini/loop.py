@@ -61,19 +61,25 @@ def train_mini(
     """Minimise loss_of(step) by AdamW; return a copy of the model with weights averaged over the last 1,000 steps or so.
 
     loss_of returns the loss and what the progress bar shows. factor: of the learning rate, by a parameter's name.
-    checkpoint: file of the whole training state, written every save_every_s seconds and read again on a new start.
+    checkpoint: file of the whole training state, written every save_every_s seconds and read again on a new start. The bar also
+    counts the steps since then that were skipped because a gradient was not finite. ValueError if it has more steps already.
     """
     model.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model)
     groups = [{"params": [parameter], "factor": factor(name)} for name, parameter in model.named_parameters()]
     optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    step = 0
+    step, n_skipped = 0, 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
+        if step > n_steps:
+            raise ValueError(
+                f"{checkpoint} has {step} steps of the mini {name} already, more than the {n_steps} asked for: ask for as many, "
+                "or delete it"
+            )
     saved_at = time.monotonic()
     progress = tqdm(total=n_steps, initial=step, desc=f"mini {name}", unit="step", mininterval=10)
     while step < n_steps:
@@ -85,13 +91,16 @@ def train_mini(
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if torch.isfinite(norm):  # a rare overflow in bf16 must not destroy the weights
             optimiser.step()
+        else:
+            n_skipped += 1
         step += 1
         decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, new in zip(average.parameters(), model.parameters()):
                 mean.lerp_(new, 1 - decay)
         progress.update()
-        progress.set_postfix({key: f"{value:.4f}" for key, value in log.items()}, refresh=False)
+        shown = {key: f"{value:.4f}" for key, value in log.items()} | ({"skipped": n_skipped} if n_skipped else {})
+        progress.set_postfix(shown, refresh=False)
         if time.monotonic() - saved_at > save_every_s or step == n_steps:
             state = {"model": model.state_dict(), "average": average.state_dict(),
                      "optimiser": optimiser.state_dict(), "step": step}  # fmt: skip
@@ -104,5 +113,12 @@ def train_mini(
 
 def save_half(model: nn.Module, path: Path) -> None:
     """Write a model's weights as fp16 safetensors."""
+    write_tensors({name: value.half() for name, value in model.state_dict().items()}, path)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in model.state_dict().items()}, str(path))
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, str(partial))
+    os.replace(partial, path)

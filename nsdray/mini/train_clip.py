@@ -1,7 +1,6 @@
 """Training of the mini CLIP on drawn scenes and their captions, and its card."""
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,26 +8,29 @@ import torch
 from torch.nn import functional as F
 
 from nsdray import seeds as draws
+from nsdray.mini.cards import weights_lines
 from nsdray.mini.loop import held_out, scene_batch, train_mini
 from nsdray.models.clip import CLIP, CLIPConfig, load_clip
 from nsdray.nsd.scenes import caption_scene, make_scene
 
 
-def train_clip(checkpoint: Path, config: CLIPConfig, n_steps: int, batch_size: int = 128, seed: int = 0) -> CLIP:
+def train_clip(
+    checkpoint: Path, config: CLIPConfig, n_steps: int, batch_size: int = 128, seed: int = 0, device: str = "cpu"
+) -> CLIP:
     """Contrastive training (Radford et al. 2021): each scene with one of its five captions, drawn anew for each step."""
     torch.manual_seed(seed)
-    clip = CLIP(config)
+    clip = CLIP(config).to(device)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         indices = range(step * batch_size, (step + 1) * batch_size)
         images = scene_batch(indices, config.image_size, seed=seed)
         chosen = draws.rng(seed, "caption", step).integers(0, 5, batch_size)
         captions = [caption_scene(make_scene(seed, "training", i), seed, i)[c] for i, c in zip(indices, chosen)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             vision = clip.vision_tokens(images)[:, 0]
             text = clip.text_embeddings(captions)
         logits = clip.model.logit_scale.exp().clamp(max=100) * vision.float() @ text.float().T
-        truth = torch.arange(batch_size)
+        truth = torch.arange(batch_size, device=device)
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         return loss, {"loss": loss.item(), "right": (logits.argmax(1) == truth).float().mean().item()}
 
@@ -37,7 +39,7 @@ def train_clip(checkpoint: Path, config: CLIPConfig, n_steps: int, batch_size: i
     return average
 
 
-def clip_card(weights: Path, config: CLIPConfig, n_steps: int, batch_size: int, n_images: int = 300) -> str:
+def clip_card(weights: Path, config: CLIPConfig, made_by: str, n_steps: int, batch_size: int = 128, n_images: int = 300) -> str:
     """The card of the shipped CLIP, in Markdown, with held-out figures of these weights."""
     clip = load_clip(weights, config)
     images, _ = held_out(config.image_size, n_images)
@@ -56,10 +58,10 @@ parameters, three quarters of them the embedding of the full vocabulary, of whic
 {config.image_size} x {config.image_size} pictures give {config.n_vision_tokens} tokens, captions {config.n_text_tokens}, of
 {config.embed_dim} values each. It knows drawn scenes only and stands in for no published model.
 
-- **Made by** `python jobs/train_mini_models.py --only clip --clip-steps {n_steps}`, on the CPU, bf16 autocast: {n_steps:,}
-  steps of {batch_size} scenes of the stream "training" of `nsdray.nsd.scenes`, each with one of its five captions.
-  Contrastive loss, AdamW, warm-up and cosine decay, averaged weights.
-- **Weights**: fp16 safetensors, SHA-256 `{hashlib.sha256(weights.read_bytes()).hexdigest()}`.
+{made_by}
+- **Training**: {n_steps:,} steps of {batch_size} scenes of the stream "training" of `nsdray.nsd.scenes`, each with one of its
+  five captions. Contrastive loss, AdamW, warm-up and cosine decay, averaged weights.
+{weights_lines({"weights": weights})}
 
 Held-out figures: {n_images} scenes of the stream "card", one caption each (chance {1 / n_images:.4f}; some captions fit
 several scenes).

@@ -1,20 +1,21 @@
 """Training of the mini Versatile Diffusion (VAE, then the dual UNet) on drawn scenes, and its card."""
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from nsdray import seeds as draws
 from nsdray.metrics.identification import two_way
 from nsdray.metrics.pixel import pixcorr, psnr
-from nsdray.mini.loop import held_out, scene_batch, train_mini, trapezoid
+from nsdray.mini.cards import weights_lines
+from nsdray.mini.judge import compare, contents, train_judge
+from nsdray.mini.loop import held_out, scene_batch, train_mini, trapezoid, write_tensors
 from nsdray.models.checkpoint import weights_file
 from nsdray.models.clip import CLIP
 from nsdray.models.versatile_diffusion import Context, attention_sites, build_unet, load_versatile_diffusion
@@ -60,16 +61,16 @@ TOKEN_SCALE = 8.0
 CARD_SETTINGS = {"sampler": "unipc", "n_steps": 20, "guidance": 3.0}
 
 
-def train_vae(checkpoint: Path, n_steps: int, batch_size: int = 24, seed: int = 0) -> AutoencoderKL:
+def train_vae(checkpoint: Path, n_steps: int, batch_size: int = 24, seed: int = 0, device: str = "cpu") -> AutoencoderKL:
     """Squared error of pixels and of their differences to right and lower neighbours, and a faint pull to a unit normal."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_config(VAE)
+    vae = AutoencoderKL.from_config(VAE).to(device)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         images = 2 * scene_batch(range(step * batch_size, (step + 1) * batch_size), SIZE, seed=seed) - 1
         torch.manual_seed(draws.derive(seed, "vae step", step) % 2**32)
-        images = images.to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = decoded.float() - images
@@ -79,7 +80,7 @@ def train_vae(checkpoint: Path, n_steps: int, batch_size: int = 24, seed: int = 
         return pixels + edges + 1e-4 * kl, {"psnr": -10 * (pixels / 4).log10().item(), "kl": kl.item()}
 
     average = train_mini("VAE", vae, loss_of, checkpoint, n_steps, learning_rate=2e-3)
-    images = 2 * scene_batch(range(256), SIZE, seed=seed) - 1
+    images = 2 * scene_batch(range(256), SIZE, seed=seed).to(device) - 1
     average.register_to_config(scaling_factor=round(1 / average.encode(images).latent_dist.mean.std().item(), 5))
     return average
 
@@ -104,12 +105,12 @@ class ScenePool:
                 indices = range(start, min(n, start + batch_size))
                 images = scene_batch(indices, SIZE, seed=seed)
                 captions = [caption_scene(make_scene(seed, "training", i), seed, i) for i in indices]
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    latents = vae.encode(2 * images - 1).latent_dist.mean * vae.config.scaling_factor
-                    rows["latents"].append(latents.half())
-                    rows["vision"].append(clip.vision_tokens(images).half())
+                with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
+                    latents = vae.encode(2 * images.to(vae.device) - 1).latent_dist.mean * vae.config.scaling_factor
+                    rows["latents"].append(latents.half().cpu())
+                    rows["vision"].append(clip.vision_tokens(images).half().cpu())
                     rows["text"].append(torch.from_numpy(text_tokens(clip, captions, 5 * batch_size)))
-            save_file({name: torch.cat(parts).contiguous() for name, parts in rows.items()}, str(path))
+            write_tensors({name: torch.cat(parts) for name, parts in rows.items()}, path)
         return cls(**load_file(str(path)))
 
 
@@ -121,6 +122,7 @@ def train_unet(
     batch_size: int = 96,
     seed: int = 0,
     warm_start: dict[str, torch.Tensor] | None = None,
+    device: str = "cpu",
 ) -> torch.nn.Module:
     """Noise prediction; each batch sees one context, vision or text, so that the transformers of the other are not run.
 
@@ -133,8 +135,9 @@ def train_unet(
             parameter.data *= reading_scale(name)
     else:
         unet.load_state_dict({key: value.float() for key, value in warm_start.items()})
+    unet.to(device)
     alphas = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod
-    nothing = [tokens.float() for tokens in unconditional_tokens(clip)]
+    nothing = [tokens.float().cpu() for tokens in unconditional_tokens(clip)]
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         random = draws.rng(seed, "diffusion step", step)
@@ -149,11 +152,12 @@ def train_unet(
         latents = pool.latents[rows].float()
         noise = torch.randn_like(latents)
         noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
+        tokens = tokens.to(device)
         context = Context(None, tokens) if by_text else Context(tokens, None)
-        with torch.autocast("cpu", torch.bfloat16):
-            estimate = unet(noisy, t, encoder_hidden_states=context, return_dict=False)[0]
+        with torch.autocast(device, torch.bfloat16):
+            estimate = unet(noisy.to(device), t.to(device), encoder_hidden_states=context, return_dict=False)[0]
         snr = (alpha / (1 - alpha)).flatten()
-        errors = (estimate.float() - noise).square().mean((1, 2, 3))
+        errors = (estimate.float().cpu() - noise).square().mean((1, 2, 3))
         loss = (errors * snr.clamp(max=SNR_CLAMP) / snr).mean()
         return loss, {"loss": loss.item(), "text" if by_text else "vision": errors.mean().item()}
 
@@ -175,9 +179,7 @@ def save_folder(folder: Path, unet: torch.nn.Module | None, vae: AutoencoderKL) 
         weights["image_unet"] = {k.replace(".image.", ".", 1): v for k, v in state.items() if ".text." not in k}
         weights["text_unet"] = {k.replace(".text.", ".", 1): v for k, v in state.items() if ".text." in k}
     for name, state in weights.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        half = {key: value.half().contiguous() for key, value in state.items()}
-        save_file(half, str(folder / name / "diffusion_pytorch_model.safetensors"))
+        write_tensors({key: value.half() for key, value in state.items()}, folder / name / "diffusion_pytorch_model.safetensors")
     for name, config in configs.items():
         (folder / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "scheduler").mkdir(exist_ok=True)
@@ -185,27 +187,27 @@ def save_folder(folder: Path, unet: torch.nn.Module | None, vae: AutoencoderKL) 
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
 
 
-def diffusion_card(folder: Path, clip: CLIP, n_vae_steps: int, n_steps: int, n_images: int = 100) -> str:
+def diffusion_card(folder: Path, clip: CLIP, made_by: str, n_steps: int, n_images: int = 100, n_judge_steps: int = 1200) -> str:
     """The card of the shipped Versatile Diffusion, in Markdown, with held-out figures of these weights."""
     model = load_versatile_diffusion(folder)
     images, truth = held_out(SIZE, n_images)
-    captions = [caption_scene(make_scene(0, "card", i), 1, i) for i in range(n_images)]
+    scenes = [make_scene(0, "card", i) for i in range(n_images)]
+    captions = [caption_scene(scene, 1, i) for i, scene in enumerate(scenes)]
     vision, text = clip.vision_tokens(images), torch.from_numpy(text_tokens(clip, captions)).float()
-    seeds = draws.image_seeds(0, range(n_images))
+    seeds, judge = draws.image_seeds(0, range(n_images)), train_judge(n_judge_steps)
     round_trip = model.decode(model.encode(images, seeds)).numpy()
-    lines = []
+    pictures = {"the scenes themselves": truth, "the VAE's round trip": round_trip}
     for name, tokens in (("both", (vision, text)), ("vision", (vision, None)), ("text", (None, text))):
-        pictures = model.generate(seeds, *tokens, unconditional_tokens(clip), strength=1, **CARD_SETTINGS)
-        embeddings = clip.vision_tokens(pictures.permute(0, 3, 1, 2) / 255)[:, 0]
-        identified = two_way(vision[:, 0].numpy(), embeddings.numpy()).mean()
-        similarity = (vision[:, 0] * embeddings).sum(1).mean().item()
-        correlation = pixcorr(truth, pictures.numpy()).mean()
-        lines.append(f"| {name} | {identified:.3f} | {similarity:.3f} | {correlation:.3f} |")
+        generated = model.generate(seeds, *tokens, unconditional_tokens(clip), strength=1, **CARD_SETTINGS)
+        pictures[f"true tokens, {name}"] = generated.numpy()
+    lines = []
+    for name, shown in pictures.items():
+        embeddings = clip.vision_tokens(torch.from_numpy(shown).permute(0, 3, 1, 2) / 255)[:, 0]
+        scores = [*compare(contents(scenes), judge.look(shown)), two_way(vision[:, 0].numpy(), embeddings.numpy()).mean(),
+                  (vision[:, 0] * embeddings).sum(1).mean().item(), pixcorr(truth, shown).mean()]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(f"{score:.3f}" for score in scores) + " |")
     n_unet, n_vae = (sum(p.numel() for p in part.parameters()) for part in (model.unet, model.vae))
-    hashes = "\n".join(
-        f"  - {part}: SHA-256 `{hashlib.sha256(weights_file(folder / part).read_bytes()).hexdigest()}`"
-        for part in ("image_unet", "text_unet", "vae")
-    )
+    files = {part: weights_file(folder / part) for part in ("image_unet", "text_unet", "vae")}
     table, n_sites = "\n".join(lines), len(attention_sites(model.unet))
     return f"""# Mini Versatile Diffusion
 
@@ -214,20 +216,21 @@ from the same kind of folder, with a small configuration: a UNet of {n_unet:,} p
 sites, and a VAE of {n_vae:,} from {SIZE} x {SIZE} pictures to 4 x 16 x 16 latents and back. It looks at the mini CLIP's
 tokens. It knows drawn scenes only and stands in for no published model.
 
-- **Made by** `python jobs/train_mini_models.py --only vae diffusion --vae-steps {n_vae_steps} --diffusion-steps {n_steps}`,
-  on the CPU, bf16 autocast, from scenes of the stream "training" of `nsdray.nsd.scenes`, which shares no scene with any
-  stimulus set.
+{made_by}
+- **Scenes**: of the stream "training" of `nsdray.nsd.scenes`, which shares no scene with any stimulus set.
 - **VAE**: squared error of pixels and of their differences to neighbours, and a faint pull to a unit normal.
-- **UNet**: noise prediction, noise levels weighted by min(SNR, {SNR_CLAMP:g}) / SNR; each batch of 96 sees one context, vision
-  or the mean of five captions' tokens, left out with probability {P_UNCONDITIONAL}. AdamW, averaged weights.
-- **Weights**, fp16 safetensors:
-{hashes}
+- **UNet**: {n_steps:,} steps of noise prediction, noise levels weighted by min(SNR, {SNR_CLAMP:g}) / SNR; each batch of 96 sees
+  one context, vision or the mean of five captions' tokens, left out with probability {P_UNCONDITIONAL}. AdamW, averaged weights.
+{weights_lines(files)}
 
 Held-out figures, {n_images} scenes of the stream "card". The VAE's round trip: {psnr(truth, round_trip).mean():.2f} dB PSNR.
-Pictures generated from noise alone under true tokens ({CARD_SETTINGS["sampler"]}, {CARD_SETTINGS["n_steps"]} steps, guidance
-{CARD_SETTINGS["guidance"]:g}), beside the scene by the mini CLIP:
+Pictures are generated from noise alone under true tokens ({CARD_SETTINGS["sampler"]}, {CARD_SETTINGS["n_steps"]} steps, guidance
+{CARD_SETTINGS["guidance"]:g}). Kind, place and colour are told by a small network that was trained on drawn scenes and has
+never seen CLIP (`nsdray.mini.judge`), as shares of the objects: one of this kind is in the picture, one of this kind is at
+this place, what is at this place has this colour. Its own accuracy is the first line. The other figures, beside the scene: by
+the mini CLIP, which the pictures are made from and which is a lenient judge, and by pixels.
 
-| tokens | two-way identification (chance 0.5) | cosine of embeddings | PixCorr |
-|---|---|---|---|
+| pictures | kind | place | colour | two-way identification (chance 0.5) | cosine of embeddings | PixCorr |
+|---|---|---|---|---|---|---|
 {table}
 """

@@ -83,8 +83,8 @@ class CLIP(nn.Module):
             raise ValueError(f"CLIP wants images (n, 3, {size}, {size}) in [0, 1], got {tuple(images.shape)}")
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
         x = visual._embeds((images.to(self.device) - mean) / std)
-        tokens = visual.ln_post(visual.transformer(x)) @ visual.proj
-        return (tokens / tokens[:, :1].norm(dim=-1, keepdim=True)).float()
+        tokens = (visual.ln_post(visual.transformer(x)) @ visual.proj).float()  # lengths are told in float32 under autocast too
+        return tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
 
     def token_ids(self, captions: Sequence[str]) -> torch.Tensor:
         """(n, n_text_tokens) int64, padded with end-of-text as the reference does (open_clip pads with 0)."""
@@ -96,9 +96,9 @@ class CLIP(nn.Module):
         """(n, n_text_tokens, embed_dim) from strings; the end-of-text token has length 1."""
         model, ids = self.model, self.token_ids(captions).to(self.device)
         x = model.token_embedding(ids) + model.positional_embedding
-        tokens = model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection
+        tokens = (model.ln_final(model.transformer(x, attn_mask=model.attn_mask)) @ model.text_projection).float()
         pooled = tokens[torch.arange(len(ids)), ids.argmax(-1)]
-        return (tokens / pooled[:, None].norm(dim=-1, keepdim=True)).float()
+        return tokens / pooled[:, None].norm(dim=-1, keepdim=True)
 
     def text_embeddings(self, captions: Sequence[str]) -> torch.Tensor:
         """(n, embed_dim), of length 1: CLIP's own text embeddings."""

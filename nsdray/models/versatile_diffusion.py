@@ -30,6 +30,37 @@ SAMPLERS = {"ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler, "dpm": DPMS
 Sampler = Literal["ddim", "unipc", "dpm"]
 FLOW_ONLY = ("resnets", "conv_in", "conv_out", "conv_norm_out", "time_embedding", "downsamplers", "upsamplers")
 """Parts of the text UNet that serve its own flow only; dual guidance takes its transformers."""
+PUBLISHED_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""image_unet of shi-labs/versatile-diffusion: 320 channels times 1, 2, 4, 4; 8 heads (Versatile-Diffusion, openai_unet.yaml)."""
+PUBLISHED_VAE = {
+    "sample_size": 512,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 4,
+    "layers_per_block": 2,
+}
+"""Its vae: Stable Diffusion's kl-f8 (Versatile-Diffusion, sd.yaml)."""
+PUBLISHED_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""Its scheduler. It tells no timestep_spacing, so each sampler has its own: DDIM "leading", UniPC and DPM-Solver "linspace"."""
 RIGHT_FILES = "Are these the files of shi-labs/versatile-diffusion, whole and of one version?"
 VAE_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.13
 
@@ -119,12 +150,14 @@ class VersatileDiffusion(nn.Module):
         """A fresh scheduler: the multistep ones carry state from step to step."""
         return SAMPLERS[sampler].from_config(self.scheduler_config)
 
+    @torch.inference_mode()
     def encode(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """Scaled latents (n, 4, h / 8, w / 8) of images (n, 3, h, w) in [0, 1]: a seeded draw of the VAE's posterior."""
         posterior = self.vae.encode((2 * images - 1).to(self.device, self.dtype)).latent_dist
         noise = draws.normal(seeds, "vae", posterior.mean.shape[1:]).to(self.device, self.dtype)
         return (posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor
 
+    @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 (n, h, w, 3) on the CPU, of scaled latents."""
         pictures = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].float()
@@ -134,6 +167,7 @@ class VersatileDiffusion(nn.Module):
         """The UNet's estimate of the noise in latents (n, 4, h, w)."""
         return self.unet(latents, timestep, encoder_hidden_states=context, return_dict=False)[0]
 
+    @torch.inference_mode()
     def generate(
         self,
         seeds: Sequence[int],

@@ -1,4 +1,9 @@
-"""Pictures and captions to CLIP tokens, the regression targets of stage 2."""
+"""Pictures and captions to CLIP tokens, the regression targets of stage 2.
+
+Two departures from Brain-Diffuser's scripts, which its recipe has too. They resize a stimulus twice, from 425 to 512 pixels by
+a bilinear and then to 224 by a bicubic filter; here it is resized once, by CLIP's own bicubic filter. They average over at most
+five captions, for their table holds five columns; here all of COCO's captions of a picture count, six or seven for some.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nsdray.generators.stage2 import refine_pictures
+from nsdray.generators.stage2 import refine_pictures, round_trip
 from nsdray.seeds import image_seeds, normal
 
 N, SIZE = 5, 16
@@ -27,6 +27,14 @@ class FakeDiffusion:
         return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+    def encode(self, images, seeds):
+        assert len(images) == len(seeds)
+        return images
+
+    def decode(self, latents):
+        return (latents * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 @pytest.fixture
 def stage1():
     return np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
@@ -45,6 +53,10 @@ def test_pictures_are_enlarged_and_batches_padded(stage1):
     assert [s for seeds, *_ in diffusion.calls for s in seeds][:N] == image_seeds(3, ids)
     assert all(text is None and settings == {"guidance": 2.0} for _, _, text, _, settings in diffusion.calls)
     np.testing.assert_array_equal(np.concatenate([v for _, v, *_ in diffusion.calls])[:N], vision.astype(np.float32))
+
+
+def test_the_round_trip_takes_the_pictures_that_stage_2_starts_from(stage1):
+    np.testing.assert_array_equal(round_trip(FakeDiffusion(), stage1, range(N), batch_size=2), enlarged(stage1))
 
 
 def test_without_a_picture_it_starts_from_nothing():

@@ -261,6 +261,13 @@ def test_pooled_tokens_are_clips_embeddings(clip, pictures):
     assert (vision_tokens[:, 1:].norm(dim=-1) - 1).abs().mean() > 0.01  # the others keep their lengths
 
 
+def test_under_autocast_lengths_are_told_in_float32(clip, pictures):
+    with torch.autocast("cpu", torch.bfloat16):
+        vision, text = clip.vision_tokens(clip_pixels(pictures, SMALL.image_size))[:, 0], clip.text_embeddings(CAPTIONS)
+    for pooled in (vision, text):
+        torch.testing.assert_close(pooled.norm(dim=-1), torch.ones(len(pooled)), rtol=0, atol=1e-6)
+
+
 def test_vision_targets(clip, pictures):
     targets = clip_tokens.vision_tokens(clip, pictures, batch_size=3)
     assert targets.dtype == np.float16 and targets.shape == (7, 17, 48)

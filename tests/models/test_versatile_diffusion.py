@@ -8,6 +8,7 @@ with the timesteps and noise levels of Brain-Diffuser's script written as number
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nsdray import seeds as draws
+from nsdray.models import versatile_diffusion
+from nsdray.models.checkpoint import require_fit
 from nsdray.models.versatile_diffusion import (
+    PUBLISHED_SCHEDULER,
+    PUBLISHED_UNET,
+    PUBLISHED_VAE,
     Context,
     DualTransformer,
     VersatileDiffusion,
@@ -31,6 +37,7 @@ from nsdray.models.versatile_diffusion import (
     build_unet,
     load_versatile_diffusion,
     noise_level,
+    unet_state,
 )
 
 N_VISION, N_TEXT, DIM, SIZE = 9, 5, 16, 16
@@ -48,30 +55,6 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "block_out_channels": (16, 32),
     "norm_num_groups": 8,
-    "latent_channels": 4,
-}
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-PUBLISHED_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-PUBLISHED_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
     "latent_channels": 4,
 }
 SEEDS = draws.image_seeds(0, range(4))
@@ -161,7 +144,7 @@ def folder(tmp_path_factory):
     image_unet().save_pretrained(folder / "image_unet")
     text_unet().save_pretrained(folder / "text_unet")
     randomise(AutoencoderKL(**VAE), 2).save_pretrained(folder / "vae")
-    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    DDIMScheduler(**PUBLISHED_SCHEDULER).save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -261,8 +244,21 @@ def test_the_published_architecture():
     assert [site.image.config.in_channels for site in sites[:6]] == [320, 320, 640, 640, 1280, 1280]
     assert all(site.text is not site.image for site in sites)
     assert all(site.text.config.num_attention_heads == 8 for site in sites)
-    model = VersatileDiffusion(unet, vae, SCHEDULER)
+    model = VersatileDiffusion(unet, vae, PUBLISHED_SCHEDULER)
     assert model.image_size == 512 and model.latent_shape == (4, 64, 64)
+
+
+def test_the_published_files_fit(monkeypatch):
+    """Names and shapes of diffusers' own full-size UNets, which is what the published files hold."""
+    flat = {key: [name.replace("2D", "Flat") for name in PUBLISHED_UNET[key]] for key in ("down_block_types", "up_block_types")}
+    with torch.device("meta"):
+        ours = build_unet(PUBLISHED_UNET)
+        image, text = UNet2DConditionModel(**PUBLISHED_UNET), UNetFlatConditionModel(**PUBLISHED_UNET | flat)
+    parts = {"image_unet": image, "text_unet": text}
+    monkeypatch.setattr(versatile_diffusion, "weights_file", lambda folder: folder)
+    found = unet_state(Path("published"), lambda path: {k: v.shape for k, v in parts[path.name].state_dict().items()})
+    assert len(found) == 1102 and len(attention_sites(ours)) == 16
+    require_fit(ours, found, "published", "")
 
 
 def written_alphas() -> np.ndarray:
@@ -429,6 +425,32 @@ def test_multistep_samplers_come_to_what_ddim_does(model, images, sampler, stren
     assert difference(inputs[0], alpha**0.5 * start + (1 - alpha) ** 0.5 * draws.normal(SEEDS, "diffusion", (4, 8, 8))) <= 1e-5
 
 
+@pytest.mark.parametrize("sampler, first, level", [("ddim", 951, 701), ("unipc", 999, 749), ("dpm", 999, 749)])
+def test_starts_under_the_published_scheduler(model, images, sampler, first, level):
+    """It tells no timestep_spacing: the samplers then begin at their own first step, from noise of variance 1."""
+    published = VersatileDiffusion(model.unet, model.vae, PUBLISHED_SCHEDULER)
+    vision, text = tokens()
+    how = {"seeds": SEEDS, "vision": vision, "text": text, "guidance": 1, "unconditional": None}
+    how |= {"n_steps": 20, "sampler": sampler}
+    timesteps, inputs = record_unet_calls(published, **how, strength=1)
+    noise = draws.normal(SEEDS, "diffusion", (4, 8, 8))
+    assert timesteps[0] == first and len(timesteps) == 20 and torch.equal(inputs[0], noise)
+    timesteps, inputs = record_unet_calls(published, **how, images=images)
+    alpha = written_alphas()[level]
+    assert timesteps[0] == level and len(timesteps) == 15
+    assert difference(inputs[0], alpha**0.5 * encoded(model, images) + (1 - alpha) ** 0.5 * noise) <= 1e-5
+
+
+def test_half_precision_gives_the_same_pictures(folder, model, images):
+    vision, text = tokens()
+    how = {"seeds": SEEDS, "vision": vision, "text": text, "images": images, **TEN_STEPS}
+    how["unconditional"] = tuple(x[:1] for x in tokens(seed=5))
+    half = load_versatile_diffusion(folder, dtype=torch.bfloat16)
+    assert half.dtype == half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    for ours, expected in zip(half.generate(**how).flatten(1), model.generate(**how).flatten(1)):
+        assert np.corrcoef(ours, expected)[0, 1] > 0.99
+
+
 def test_wrong_arguments_are_explained(model, images):
     vision, text = tokens()
     how = {"unconditional": None, "guidance": 1, "n_steps": 2}
@@ -560,7 +582,7 @@ def test_the_published_size_runs():
         part.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
         for name, value in part.named_parameters():
             value.normal_(1 if "norm" in name and name.endswith("weight") else 0, 0.02)
-    model = VersatileDiffusion(unet, vae, SCHEDULER)
+    model = VersatileDiffusion(unet, vae, PUBLISHED_SCHEDULER)
     vision, text, grey, empty = (torch.randn(1, n, 768) / 768**0.5 for n in (257, 77, 257, 77))
     image = nn.functional.interpolate(torch.rand(1, 3, 8, 8), size=(512, 512), mode="bilinear")
     seen, decode = [], model.decode
