@@ -189,6 +189,19 @@ def test_empty_runs(tmp_path):
         voxels_with_data([BoldRun(tmp_path / "empty.nii.gz", (4, 4, 4, 9), Events([1.0], ["a"]))])
 
 
+def test_zero_is_what_the_header_makes_of_the_stored_numbers(tmp_path):
+    stored = np.full((4, 4, 4, 9), -6, np.int16)  # 0.5 x -6 + 3 = 0
+    stored[1, 2, 3] = 0
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(0.5, 3)
+    image.header["vox_offset"] = 352
+    path = tmp_path / "scaled.nii"  # nibabel would rescale what it saves
+    path.write_bytes(image.header.binaryblock + bytes(4) + stored.tobytes(order="F"))
+    assert nib.load(path).get_fdata()[0, 0, 0, 0] == 0
+    runs = [BoldRun(path, stored.shape, Events([1.0], ["a"]))]
+    assert voxels_with_data(runs).tolist() == [np.ravel_multi_index((1, 2, 3), (4, 4, 4))]
+
+
 def test_sessions_written_in_portions_are_read_back(tmp_path):
     random, shape = np.random.default_rng(0), (3, 4, 5)
     betas = random.integers(-3000, 3000, (7, 20), np.int16)
