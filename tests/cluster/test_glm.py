@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tyro
 
@@ -33,6 +35,7 @@ from nsdray.stages import Plan
 
 CHECKOUT = Path(__file__).parents[2]
 DECODED = "betas_fithrf_GLMdenoise_RR"
+SMALL = ["--models", "ridge", "--n-layers", "3", "--targets.n-layers", "3", "--stage2.n-steps", "4"]
 
 
 def stored(path: Path, index: np.ndarray) -> np.ndarray:
@@ -201,6 +204,45 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(plan, nsd, tmp_path)
     for session in (1, 2):
         assert there.session_file(1, session).read_bytes() == plan.layout.session_file(1, session).read_bytes()
     assert not list(out.rglob("*.partial"))
+
+
+def run_job(command: list[str]) -> str:
+    options = dict(cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    done = subprocess.run([sys.executable, *command], env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def pictures_from(command: list[str], root: Path) -> dict[str, float]:
+    """Estimate betas, then do what the job prints, with fewer layers; the pictures' pixel correlation, and that by chance."""
+    (following,) = [line for line in run_job(command).splitlines() if line.startswith("next: ")]
+    _, python, *arguments = shlex.split(following)
+    assert python == "python" and arguments[0] == "jobs/train_all_subjects.py"
+    run_job([*arguments, *SMALL])
+    (scores,) = root.glob("metrics/ridge-*/subject=01/scores.parquet")
+    rows = pq.read_table(scores, partitioning=None).to_pylist()
+    of_pictures = [row for row in rows if (row["stage"], row["metric"]) == ("stage2", "mini/pixcorr")]
+    pairings = {row["pairing"] for row in of_pictures}
+    found = {one: float(np.mean([row["value"] for row in of_pictures if row["pairing"] == one])) for one in pairings}
+    print(found)
+    return found
+
+
+@pytest.mark.slow
+def test_from_simulated_bold_to_pictures(tmp_path):
+    simulation = "--simulation.n-train 96 --simulation.n-test 12 --simulation.n-sessions 3".split()
+    found = pictures_from(["jobs/estimate_betas.py", "--subjects", "1", *simulation, "--store.root", str(tmp_path)], tmp_path)
+    assert found["matched"] > found["chance"] + 0.1
+
+
+@pytest.mark.slow
+def test_from_bids_to_pictures(bids, tmp_path):
+    shutil.rmtree(bids / "sub-02")
+    root, out = tmp_path / "root", tmp_path / "out"
+    where = ["--bids.root", str(bids), "--bids.mask", f"{bids}/masks/sub-{{participant}}.nii.gz", "--bids.n-test-images", "12"]
+    command = ["jobs/estimate_betas.py", *where, "--output", str(out), "--store.root", str(root)]
+    found = pictures_from(command, root)
+    assert found["matched"] > found["chance"] + 0.1
 
 
 def test_files_that_are_not_ours_are_not_overwritten(nsd):
