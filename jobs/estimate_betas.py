@@ -18,7 +18,8 @@ from cli import main
 import tyro  # isort: skip  (cli sets Ray's and MLflow's environment first)
 
 from nsdray.cluster.glm import GLMPlan, estimate_betas
-from nsdray.config import GLMConfig, SimulationConfig
+from nsdray.config import DataConfig, GLMConfig, SimulationConfig
+from nsdray.nsd.design import protocol_sessions
 
 
 def run() -> None:
@@ -29,7 +30,17 @@ def run() -> None:
     estimate_betas(plan)
     layout, subjects = plan.layout, sorted(plan.sessions)
     print("betas: " + " ".join(str(layout.betas_path(subject)) for subject in subjects))
-    print(f"next: {shlex.join(next_command(plan))}")
+    print(not_yet(plan) or f"next: {shlex.join(next_command(plan))}")
+
+
+def not_yet(plan: GLMPlan) -> str | None:
+    """What is missing before these betas can be decoded, or None: decoding takes all sessions that a subject did."""
+    try:
+        for subject in plan.sessions:
+            protocol_sessions(plan.layout, subject, DataConfig().protocol)
+    except (FileNotFoundError, ValueError) as error:
+        return f"not enough to decode from: {error}, or estimate them: this job without --sessions"
+    return None
 
 
 def next_command(plan: GLMPlan) -> list[str]:
@@ -43,6 +54,8 @@ def next_command(plan: GLMPlan) -> list[str]:
                 command += [option] if value is True else [option, str(value)]
     else:
         command += ["--data.nsd-root", str(plan.layout.root)]
+    if config.store.root is not None:
+        command += ["--store.root", config.store.root]
     if plan.layout.beta_version != default:
         command += ["--data.beta-version", plan.layout.beta_version]
     if config.bids.root is not None and config.bids.captions is None:

@@ -616,7 +616,7 @@ class GLMConfig:
     with BOLD, which is SIMULATED."""
     bids: BIDSConfig = field(default_factory=BIDSConfig)
     output: str | None = None
-    """Folder to write in NSD's layout. None, for NSD: into nsd_root. It must be given for BIDS."""
+    """Folder to write in NSD's layout. None, for NSD: into nsd_root. It must be given for BIDS, and cannot for the miniature."""
     subjects: tuple[int, ...] | None = None
     """NSD subjects. None: all that have time series; for the miniature 1, 2, 5, 7."""
     sessions: tuple[int, ...] | None = None
@@ -629,8 +629,8 @@ class GLMConfig:
     hrf: Literal["library", "assumed"] = "library"
     """library: the best of 20 for each voxel. assumed: the canonical one for all."""
     noise_pool: Literal["on_off", "negative_r2"] = "on_off"
-    """Voxels that noise regressors come from. on_off: the variance that one response to all trials explains is small, as for
-    NSD's betas. negative_r2: the cross-validated variance explained is negative, as in the paper."""
+    """Voxels that noise regressors come from. on_off: the variance that one response to all trials explains is small, as in
+    GLMsingle. negative_r2: the cross-validated variance explained is negative, as in the paper."""
     max_regressors: int = 10
     """Noise regressors tried at most."""
     sessions_together: bool = False
@@ -654,6 +654,11 @@ class GLMConfig:
         require(
             self.bids.root is None or self.output is not None,
             "where to write a BIDS data set must be said: give --output FOLDER, which is then the --data.nsd-root of other jobs",
+        )
+        require(
+            self.output is None or self.nsd_root is not None or self.bids.root is not None,
+            f"output is {self.output}, but betas of the miniature NSD are written into it, where other jobs look for them; leave "
+            "it out, or give --nsd-root or --bids.root",
         )
         for name in ("subjects", "sessions"):
             require(

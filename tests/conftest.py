@@ -57,10 +57,15 @@ def write_bids(folder: Path, layout: NSDLayout, subjects: Sequence[int]) -> Path
 
 
 @pytest.fixture(scope="session")
-def scanned(tmp_path_factory) -> NSDLayout:
+def scan_sizes() -> dict:
+    """Parameters of a small miniature NSD with enough repeats for types C and D."""
+    return dict(n_train=96, n_test=12, n_sessions=3, picture_size=64, volume=(12, 12, 10), progress=False)
+
+
+@pytest.fixture(scope="session")
+def scanned(scan_sizes, tmp_path_factory) -> NSDLayout:
     """A miniature NSD with BOLD, subjects 1 and 2. Shared: do not write to it."""
-    sizes = dict(n_train=96, n_test=12, n_sessions=3, picture_size=64, volume=(12, 12, 10))
-    return simulate_nsd(tmp_path_factory.mktemp("scanned") / "nsd", subjects=(1, 2), **sizes, with_bold=True, progress=False)
+    return simulate_nsd(tmp_path_factory.mktemp("scanned") / "nsd", subjects=(1, 2), **scan_sizes, with_bold=True)
 
 
 @pytest.fixture(scope="session")

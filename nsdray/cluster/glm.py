@@ -4,7 +4,8 @@ Compressed runs can only be read from their start. So each run is decompressed o
 uncompressed and a row per voxel, while the session is worked on (a stage "glm/series"). The passes of `nsdray.glm.fit`
 then read a chunk of voxels each: nothing but a chunk, the model's matrices and a run's slab is ever in a task's memory.
 The last pass writes each chunk's betas to the store (a stage "glm/betas"), from where they are put together in NSD's
-layout. After a kill, a session goes on: runs and chunks that are there are kept, only the survey is made again.
+layout. After a kill, a session goes on: runs and chunks that are there are kept, only the survey is made again. Nobody else
+works on what is in the store: it belongs to the folder that is written.
 
 Chunks do not depend on the cluster, and what they give is summed in their order: so neither do the betas.
 """
@@ -32,7 +33,7 @@ from nsdray.cluster import metrics
 from nsdray.cluster.run import start_ray
 from nsdray.config import GLMConfig, digest
 from nsdray.glm.design import Design
-from nsdray.glm.fit import BATCH_BYTES, HRF_CHOICES, Survey, batch_size, last_pass, survey
+from nsdray.glm.fit import BATCH_BYTES, HRF_CHOICES, Survey, batch_size, check_options, last_pass, survey
 from nsdray.glm.model import CONSTANT, NOT_FINITE, TrialModel
 from nsdray.glm.ridge import FRACTIONS
 from nsdray.nsd import lab
@@ -61,7 +62,7 @@ class Group:
     inputs: Inputs
     """What its betas are made from: settings, files with their sizes, and what was shown when."""
     warnings: list[str]
-    """About the design."""
+    """About the design, and which runs were left out."""
 
     @property
     def subject(self) -> int:
@@ -149,12 +150,17 @@ class GLMPlan:
         config, messages = self.config, []
         with collected(messages):
             design = session_design(sessions)
+        try:
+            check_options(design, config.beta_type, config.noise_pool, config.max_regressors)
+        except ValueError as error:
+            raise ValueError(f"{sessions[0].name}: {error}") from error
+        messages += [f"left out of session {one.session}: {', '.join(one.left_out)}" for one in sessions if one.left_out]
         runs = [run for session in sessions for run in session.runs]
         timing = [design.tr, design.stimulus_duration, design.onset.tolist(), design.run.tolist(), design.condition.tolist()]
         names = ("beta_type", "hrf", "noise_pool", "max_regressors")
         inputs = {name: getattr(config, name) for name in names} | {
             "sessions": [session.session for session in sessions],
-            "runs": {str(run.path): run.path.stat().st_size for run in runs},
+            "runs": {run.path.name: run.path.stat().st_size for run in runs},
             "design": digest(timing),
         }
         return Group(tuple(sessions), design, inputs, messages)
@@ -171,6 +177,17 @@ class GLMPlan:
                 f"{betas} is there, but nsdray did not make it (no {record.name}). Give another --beta-version or --output"
             )
         return betas.exists() and json.loads(record.read_text())["inputs"] == group.inputs
+
+
+    def stage(self, name: str, subject: int) -> Stage:
+        """Where a subject's time series ("glm/series") or betas ("glm/betas") lie while they are worked on."""
+        return self.store.stage(name, {"source": str(self.source), "output": str(self.layout.betas_path(subject))})
+
+    def clear(self, group: Group) -> None:
+        """Drop what the store holds of a group."""
+        for name in ("glm/series", "glm/betas"):
+            with contextlib.suppress(FileNotFoundError):
+                self.store.fs.delete_dir(self.store.path(f"{self.stage(name, group.subject).folder}/{group.partition}"))
 
 
 def prepare_output(plan: GLMPlan) -> None:
@@ -199,12 +216,15 @@ def prepare_output(plan: GLMPlan) -> None:
 
 def estimate_betas(plan: GLMPlan) -> None:
     """Write every session file that is missing."""
-    prepare_output(plan)
     groups = plan.missing()
+    prepare_output(plan)
+    for group in plan.groups:
+        if not any(group is one for one in groups):
+            plan.clear(group)  # a job that was killed at its very end left it there
     if not groups:
         print("Everything is up to date.")
         return
-    start_ray(plan)
+    start_ray(plan, tracked=False)
     for number, group in enumerate(groups, 1):
         estimate_group(plan, group, f"{group.name} ({number} of {len(groups)})")
 
@@ -214,7 +234,8 @@ def estimate_group(plan: GLMPlan, group: Group, description: str) -> None:
     started, config, messages = time.monotonic(), plan.config, list(group.warnings)
     index = voxels_with_data(group.runs)
     series = Series.of(plan, group, index)
-    stage = plan.store.stage("glm/betas", {"source": str(plan.source), "output": str(plan.layout.betas_path(group.subject))})
+    check_memory(series)
+    stage = plan.stage("glm/betas", group.subject)
     n_passes = 2 + 2 * (config.beta_type in "CD")
     with tqdm(total=len(series.shards) + n_passes * series.n_chunks, desc=description, unit="task") as progress:
         write_series(series, group, index, progress)
@@ -225,16 +246,26 @@ def estimate_group(plan: GLMPlan, group: Group, description: str) -> None:
         for message in messages:
             tqdm.write(f"  warning: {group.name}: {message}")
         shards = write_chunks(stage, series, group, found, progress)
-        write_sessions(plan, group, index, found, stage, shards, messages)
+        n_cut = write_sessions(plan, group, index, found, stage, shards, messages)
         progress.total = progress.n
-    for one in (series.stage, stage):
-        with contextlib.suppress(FileNotFoundError):
-            plan.store.fs.delete_dir(f"{plan.store.base}/{one.folder}/{group.partition}")
+    plan.clear(group)
     n_bad = [int((found.first.state == state).sum()) for state in (CONSTANT, NOT_FINITE)]
     tqdm.write(
         f"  {group.name}: type {found.beta_type}, {len(index)} voxels ({n_bad[0]} constant, {n_bad[1]} with NaN or infinity), "
         f"{group.design.n_trials} trials, {found.n_regressors} noise regressors, {time.monotonic() - started:.0f} s"
+        + (f"; {n_cut} betas were beyond what NSD's files hold (109 %) and were cut" if n_cut else "")
     )
+
+
+def check_memory(series: Series) -> None:
+    """ValueError if no node has the memory of a task: Ray would wait for ever."""
+    needed = max(series.chunk_bytes, series.slab_bytes)
+    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    if needed > most:
+        raise ValueError(
+            f"a task on {series.n_chunk} voxels needs {needed / 1e9:.1f} GB of memory, and the largest node offers "
+            f"{most / 1e9:.1f} GB to tasks. Give --chunk-voxels a smaller number, or start Ray with --memory BYTES"
+        )
 
 
 @dataclass(frozen=True)
@@ -261,9 +292,10 @@ class Series:
         n_chunk = -(-size // ROWS_PER_GROUP) * ROWS_PER_GROUP
         longest = max(design.n_timepoints)
         n_slab = max(1, SLAB_BYTES // (4 * longest * n_chunk)) * n_chunk
-        n_bytes = BATCH_BYTES * n_chunk // batch_size(design) + TASK_BYTES, 2 * 4 * longest * min(n_slab, len(index)) + TASK_BYTES
-        stage = plan.store.stage("glm/series", {"source": str(plan.source)})
-        return Series(stage, group.partition, design.n_runs, len(index), n_chunk, n_slab, *n_bytes)
+        chunk_bytes = BATCH_BYTES * min(n_chunk, len(index)) // batch_size(design) + TASK_BYTES
+        slab_bytes = 2 * 4 * longest * min(n_slab, len(index)) + TASK_BYTES
+        stage, sizes = plan.stage("glm/series", group.subject), (n_chunk, n_slab, chunk_bytes, slab_bytes)
+        return Series(stage, group.partition, design.n_runs, len(index), *sizes)
 
     @property
     def n_chunks(self) -> int:
@@ -345,7 +377,7 @@ def write_series(series: Series, group: Group, index: np.ndarray, progress: tqdm
     voxels = {"voxels": hashlib.sha256(index.tobytes()).hexdigest()[:10], "slab": series.n_slab}
     wanted = {}
     for run, slab in series.shards:
-        wanted[series.shard(run, slab)] = {str(paths[run]): group.inputs["runs"][str(paths[run])]} | voxels
+        wanted[series.shard(run, slab)] = {paths[run].name: group.inputs["runs"][paths[run].name]} | voxels
     series.stage.claim()
     missing = series.stage.begin(series.partition, wanted)
     progress.update(len(wanted) - len(missing))
@@ -362,8 +394,11 @@ def write_chunk(
 ) -> None:  # fmt: skip
     """The last pass on a chunk, to the store. model: and the fractions of ridge regression, or None."""
     found = last_pass(*model, series.read(number), hrf_index)
-    betas, n_cut = to_stored(found.betas)
-    columns = {"betas": betas, "r2": found.r2, "fraction": found.fraction, "n_cut": np.full(len(betas), n_cut, np.int32)}
+    design = model[0].design
+    session = design.session[design.run]
+    n_cut = [to_stored(found.betas[:, session == one])[1] for one in np.unique(session)]
+    columns = {"betas": to_stored(found.betas)[0], "r2": found.r2, "fraction": found.fraction}
+    columns["n_cut"] = np.tile(np.int32(n_cut), (len(found.r2), 1))  # (n_voxels, n_sessions), of the chunk
     stage.write(series.partition, shard, table(columns), inputs)
 
 
@@ -384,43 +419,62 @@ def write_chunks(stage: Stage, series: Series, group: Group, found: Survey, prog
 
 def write_sessions(
     plan: GLMPlan, group: Group, index: np.ndarray, found: Survey, stage: Stage, shards: list[str], messages: list[str]
+) -> int:
+    """Put the chunks together in NSD's layout: sessions' betas, R2, HRF index and fraction as volumes, and a record last.
+
+    Each chunk is read once for all sessions. Returns the number of betas that were cut.
+    """
+    layout, design, shape, sessions = plan.layout, group.design, tuple(group.runs[0].shape[:3]), group.sessions
+    trials = [np.flatnonzero(design.session[design.run] == session.session) for session in sessions]
+    r2, fraction = np.full((2, len(index)), np.nan, np.float32)
+    n_cut, start = np.zeros(len(sessions), int), 0
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for session, own in zip(sessions, trials):
+            write_record(layout, session, {"inputs": None})  # ours, but not whole
+            path = layout.session_file(session.subject, session.session)
+            writers.append(stack.enter_context(session_writer(path, len(own), shape)))
+        for shard in shards:
+            data = stage.read(group.partition, shard)
+            here, betas = slice(start, start + data.num_rows), view_column(data, "betas")
+            for write, own in zip(writers, trials):
+                write(index[here], betas[:, own])
+            r2[here], fraction[here], start = view_column(data, "r2"), view_column(data, "fraction"), here.stop
+            n_cut += view_column(data, "n_cut")[0]
+    maps = {"R2": r2, "HRFindex": found.first.hrf_index.astype(np.int16) + 1, "FRACvalue": fraction}
+    for session, own, n in zip(sessions, trials, n_cut):
+        write_maps(layout, session, maps, index, shape)
+        write_record(layout, session, session_record(plan, group, found, messages, len(own), int(n)))
+    return int(n_cut.sum())
+
+
+def write_maps(
+    layout: NSDLayout, session: BoldSession, maps: dict[str, np.ndarray], index: np.ndarray, shape: tuple[int, ...]
 ) -> None:
-    """Put the chunks together in NSD's layout: a session's betas, R2 and HRF index as volumes, and a record last."""
-    layout, design, shape = plan.layout, group.design, tuple(group.runs[0].shape[:3])
-    session_of_trial = design.session[design.run]
-    grid = affine(group.runs[0].path)
-    for session in group.sessions:
-        trials = np.flatnonzero(session_of_trial == session.session)
-        key = session.subject, session.session
-        write_record(layout, session, {"inputs": None})  # ours, but not whole
-        r2, n_cut, start = np.full(len(index), np.nan, np.float32), 0, 0
-        with session_writer(layout.session_file(*key), len(trials), shape) as write:
-            for shard in shards:
-                data = stage.read(group.partition, shard)
-                here = slice(start, start + data.num_rows)
-                write(index[here], view_column(data, "betas")[:, trials])
-                r2[here], start = view_column(data, "r2"), here.stop
-                n_cut += int(view_column(data, "n_cut")[0])
-        for name, values in {"R2": r2, "HRFindex": found.first.hrf_index.astype(np.int16) + 1}.items():
-            volume = np.zeros(np.prod(shape), values.dtype)
-            volume[index] = values
-            nib.save(nib.Nifti1Image(volume.reshape(shape), grid), layout.session_map(*key, name))
-        record = {
-            "what": "betas estimated by nsdray" + (" from SIMULATED BOLD" if plan.is_simulated else ""),
-            "inputs": group.inputs,
-            "beta_type": found.beta_type,
-            "n_trials": len(trials),
-            "n_voxels": len(index),
-            "n_constant": int((found.first.state == CONSTANT).sum()),
-            "n_not_finite": int((found.first.state == NOT_FINITE).sum()),
-            "n_values_cut": n_cut,
-            "n_noise_pool": int(found.noise_pool.sum()),
-            "n_regressors": found.n_regressors,
-            "curve": np.asarray(found.curve).tolist(),
-            "runs_left_out": list(session.left_out),
-            "warnings": messages,
-        }
-        write_record(layout, session, record)
+    """A volume of each map's values (n_voxels,); 0 in all other voxels."""
+    grid = affine(session.runs[0].path)
+    for name, values in maps.items():
+        volume = np.zeros(np.prod(shape), values.dtype)
+        volume[index] = values
+        nib.save(nib.Nifti1Image(volume.reshape(shape), grid), layout.session_map(session.subject, session.session, name))
+
+
+def session_record(plan: GLMPlan, group: Group, found: Survey, messages: list[str], n_trials: int, n_cut: int) -> dict:
+    """What a session's betas are made from, and what was found."""
+    return {
+        "what": "betas estimated by nsdray" + (" from SIMULATED BOLD" if plan.is_simulated else ""),
+        "inputs": group.inputs,
+        "beta_type": found.beta_type,
+        "n_trials": n_trials,
+        "n_voxels": len(found.first.state),
+        "n_constant": int((found.first.state == CONSTANT).sum()),
+        "n_not_finite": int((found.first.state == NOT_FINITE).sum()),
+        "n_values_cut": n_cut,
+        "n_noise_pool": int(found.noise_pool.sum()),
+        "n_regressors": found.n_regressors,
+        "curve": np.asarray(found.curve).tolist(),
+        "warnings": messages,
+    }
 
 
 def write_record(layout: NSDLayout, session: BoldSession, record: dict) -> None:

@@ -8,8 +8,8 @@ time per run, and errors of the voxels that answer.
 Two rules for the pool, both among bright voxels (mean above 0.1 x its 99th percentile), so that no air is in it:
 
 - ``"on_off"``, the default, is GLMsingle's: the variance explained by one response common to all trials lies below the
-  point where a mixture of two Gaussians, fitted to it over voxels, turns from the lower to the upper one. The pool made
-  NSD's published betas (b3), and it needs no repeats to be decided.
+  point where a mixture of two Gaussians, fitted to it over voxels, turns from the lower to the upper one. It needs no
+  repeats to be decided.
 - ``"negative_r2"`` is the paper's algorithm 1, step 2.2: the cross-validated variance explained is below 0. Single
   trials are noisy predictors of each other, so where repeats are few this also takes voxels that answer weakly, and
   their signal then goes into the regressors.

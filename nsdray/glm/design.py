@@ -25,7 +25,8 @@ class Events:
     """The stimuli of a run, in any order."""
 
     onset: Sequence[float]
-    """Seconds from the first volume; need not be multiples of the TR."""
+    """Seconds from the first volume, above -TR (slice timing may move the first volume into the run); need not be multiples of
+    the TR."""
     condition: Sequence[Hashable]
     """What was shown, such as an image id or a file name: equal values are repeats of the same stimulus."""
 
@@ -102,7 +103,7 @@ def make_design(
     events = [_events(one, tr, run) for run, one in enumerate(design)]
     for run, one in enumerate(events):
         _check_length(one, run, shapes[run], tr, isinstance(design[run], Events))
-        _check_events(one, run, shapes[run][-1] * tr, stimulus_duration)
+        _check_events(one, run, shapes[run][-1] * tr, stimulus_duration, tr)
     labels = {label: None for one in events for label in one.condition}
     if isinstance(design[0], np.ndarray):
         labels = dict.fromkeys(range(design[0].shape[1]))
@@ -208,9 +209,9 @@ def _check_length(one: Events, run: int, shape: tuple[int, ...], tr: float, axes
         )
 
 
-def _check_events(one: Events, run: int, length: float, stimulus_duration: float) -> None:
+def _check_events(one: Events, run: int, length: float, stimulus_duration: float, tr: float) -> None:
     onset = np.sort(np.asarray(one.onset, float))
-    outside = ~((onset >= 0) & (onset < length))
+    outside = ~((onset > -tr) & (onset < length))
     if outside.any():
         milliseconds = onset[0] >= 0 and onset[-1] > 50 * length and onset[-1] / 1000 < length
         hint = "These look like milliseconds; divide by 1000" if milliseconds else (

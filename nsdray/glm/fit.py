@@ -133,8 +133,11 @@ def survey(
     that holds the model, tens of MB: ship it once.
 
     beta_type, noise_pool and max_regressors: as in `fit_glm`, which says what is warned of and refused.
+
+    In the caller's memory are FirstPass of all voxels (26 bytes each, twice while it is put together), the errors of the
+    voxels that decide (4 (1 + max_regressors) bytes each, three times), and a Gram matrix of time by time per run.
     """
-    _check_options(design, beta_type, noise_pool, max_regressors)
+    check_options(design, beta_type, noise_pool, max_regressors)
     model, pairs = trial_model(design, hrfs), repeat_pairs(design)
     denoised = beta_type in "CD"
     if denoised and not pairs.nnz:
@@ -176,9 +179,6 @@ class LastPass:
     """Percent, of the betas before scale and offset."""
     fraction: np.ndarray
     """Length left by ridge regression, relative to the unregularised betas; 1 without ridge regression."""
-    scale: np.ndarray
-    offset: np.ndarray
-    """betas = scale x regularised betas + offset; the offset is percent signal change."""
 
 
 def last_pass(
@@ -191,11 +191,11 @@ def last_pass(
     series = detrend(model, chunk)
     pairs = repeat_pairs(model.design)
     betas = np.zeros((len(hrf_index), model.design.n_trials), np.float32)
-    r2, fraction, scale, offset = np.full((4, len(hrf_index)), np.nan, np.float32)
+    r2, fraction = np.full((2, len(hrf_index)), np.nan, np.float32)
     for hrf, rows, runs in _groups(series.runs, hrf_index):
         rotated = model.rotated(runs, hrf)
         group = unregularised = model.rotate(rotated, hrf)
-        fraction[rows], scale[rows], offset[rows] = 1, 1, 0
+        fraction[rows] = 1
         if fractions is not None:
             inverse = np.concatenate([run.inverse_singular[hrf] for run in model.runs])
             singular = np.divide(1, inverse, where=inverse > 0, out=np.zeros_like(inverse))
@@ -204,11 +204,11 @@ def last_pass(
             group, fraction[rows] = choose_fraction(rotated, singular, rotate, error, fractions)
         r2[rows] = model.explained(runs, group, hrf)
         if fractions is not None:
-            scale[rows], offset[rows] = match_scale(group, unregularised)
-            group = scale[rows, None] * group + offset[rows, None]
+            scale, offset = match_scale(group, unregularised)
+            group = scale[:, None] * group + offset[:, None]
         betas[rows] = _percent(group, series.mean[rows, None])
     betas[series.state == NOT_FINITE] = np.nan
-    return LastPass(betas, r2, fraction, scale, _percent(offset, series.mean))
+    return LastPass(betas, r2, fraction)
 
 
 @dataclass(frozen=True)
@@ -280,11 +280,12 @@ def fit_glm(
     """
     if isinstance(design, Events) or (isinstance(design, np.ndarray) and design.ndim == 2):
         design, data = [design], [data]
-    data = [np.asanyarray(run) for run in data]
-    checked = make_design(design, [run.shape for run in data], stimulus_duration, tr, sessions)
+    checked = make_design(design, [np.shape(run) for run in data], stimulus_duration, tr, sessions)
     _check_fractions(fractions)
     if hrf not in HRF_CHOICES:
         raise ValueError(f"unknown hrf {hrf!r}; known: {', '.join(HRF_CHOICES)}")
+    check_options(checked, beta_type, noise_pool, max_regressors)
+    data = [np.asanyarray(run) for run in data]  # lazy arrays are read here, after all checks
     size = n_voxels_batch or batch_size(checked)
     starts = range(0, int(np.prod(data[0].shape[:-1])), size)
 
@@ -359,7 +360,8 @@ def _percent(values: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return 100 * values / np.where(magnitude > 0, magnitude, 1)
 
 
-def _check_options(design: Design, beta_type: str, noise_pool: str, max_regressors: int) -> None:
+def check_options(design: Design, beta_type: str, noise_pool: str, max_regressors: int) -> None:
+    """ValueError for an unknown name, and for more regressors than the runs have time points to spare."""
     if beta_type not in TYPES:
         raise ValueError(f"unknown beta_type {beta_type!r}; known: {', '.join(TYPES)}")
     if noise_pool not in denoise.POOL_RULES:
@@ -388,11 +390,13 @@ def _check_signal(first: FirstPass) -> None:
             f"none of {len(good)} voxels can be fitted: {(first.state == CONSTANT).sum()} are constant, "
             f"{(first.state == NOT_FINITE).sum()} hold NaN or infinity"
         )
-    centred = np.abs(first.mean[good]) < first.sd[good]
+    level, sd = np.abs(first.mean[good]), first.sd[good]
+    bright = level >= denoise.BRIGHT_SHARE * np.percentile(level, denoise.BRIGHT_PERCENTILE)  # most of a volume may be air
+    centred = level[bright] < sd[bright]
     if centred.mean() > 0.5:
         raise ValueError(
-            f"{centred.sum()} of {good.sum()} voxels have a mean below their standard deviation over time: the data look "
-            "demeaned or standardised, but betas are percent of the mean. Give the time series before that step"
+            f"{centred.sum()} of {bright.sum()} bright voxels have a mean below their standard deviation over time: the data "
+            "look demeaned or standardised, but betas are percent of the mean. Give the time series before that step"
         )
 
 

@@ -25,8 +25,8 @@ from nsdray.glm import Events
 from nsdray.nsd.bold import BoldRun, BoldSession, bold_shape
 from nsdray.nsd.layout import N_SUBJECTS
 
-SAME_RUN = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo", "part")
-"""Entities that tell runs apart; files of one run that differ in others (space, resolution) are versions of it."""
+SAME_RUN = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run")
+"""Entities that tell runs apart; files of one run that differ in others (space, echo, part) are versions of it."""
 MAX_DURATION_SPREAD_S = 0.1
 
 
@@ -150,7 +150,10 @@ def _runs_by_session(bold: Path, label: str, task: str | None, space: str | None
         )
     if several := [paths for paths in versions.values() if len(paths) > 1]:
         names = ", ".join(path.name for path in several[0])
-        raise ValueError(f"a run in {len(several[0])} versions: {names}. Choose by --bids.space, or move the others away")
+        raise ValueError(
+            f"a run in {len(several[0])} versions: {names}. Choose by --bids.space, combine echoes before (as fMRIPrep does), or "
+            "move the others away"
+        )
     found: dict[str, list[Path]] = {}
     for key in sorted(versions, key=lambda key: (key[SAME_RUN.index("ses")], key[SAME_RUN.index("run")], key)):
         path = versions[key][0]
@@ -164,8 +167,9 @@ def _natural(label: str) -> tuple[int, str]:
 
 
 def _entities(path: Path) -> dict[str, str]:
-    """{"sub": "01", "task": "x", …} of a file's name."""
-    return dict(part.split("-", 1) for part in path.name.split(".")[0].split("_") if "-" in part)
+    """{"sub": "01", "task": "x", "run": "1", …} of a file's name. A run's number has no zeros before it: run-01 is run-1."""
+    found = dict(part.split("-", 1) for part in path.name.split(".")[0].split("_") if "-" in part)
+    return found | ({"run": found["run"].lstrip("0")} if "run" in found else {})
 
 
 def _inherited(run: Path, root: Path, suffix: str, extension: str) -> list[Path]:

@@ -89,12 +89,13 @@ def session_design(sessions: Sequence[BoldSession]) -> Design:
 def voxels_with_data(runs: Sequence[BoldRun]) -> np.ndarray:
     """Voxels that are not 0 in the first volume of any run: flat index in C order of (X, Y, Z), ascending, int64.
 
-    Prepared data are 0 outside of a mask, and such voxels need no fit.
+    Prepared data are 0 outside of a mask, and such voxels need no fit. A slope and an intercept in the header are applied.
     """
     inside = np.zeros(int(np.prod(runs[0].shape[:3])), bool)
     for run in runs:
         try:
-            inside |= next(volumes(run.path, _header(run.path))) != 0
+            header = _header(run.path)
+            inside |= next(volumes(run.path, header)) * header.slope + header.inter != 0
         except DAMAGE as error:
             raise ValueError(f"{run.path} is damaged or cut short ({error}); fetch it again") from error
     index = np.flatnonzero(inside.reshape(runs[0].shape[2::-1]).transpose(2, 1, 0).ravel())

@@ -145,6 +145,8 @@ def _check_growth(root: Path, old: dict, new: dict, picture_size: int | None) ->
         altered.append("what an earlier session showed")
     if any(new["participants"].get(label) != number for label, number in old["participants"].items()):
         altered.append("the numbers of the participants")
+    if old["captions"] is not None and new["captions"] is None:
+        altered.append("the captions (there, but not given now by --bids.captions)")
     if picture_size not in (None, old["picture_size"]):
         altered.append(f"picture_size ({old['picture_size']} there)")
     if altered:
@@ -163,6 +165,8 @@ def _common_size(folder: Path, names: Sequence[str]) -> int:
 
 
 def _opened(folder: Path, name: str) -> Image.Image:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"stim_file {name!r} in events.tsv leads out of {folder}; it must be relative to it, without '..'")
     if not (folder / name).is_file():
         raise FileNotFoundError(
             f"no picture {folder / name}, which events.tsv names; give the folder that stim_file is relative to by --bids.stimuli"

@@ -51,7 +51,7 @@ from nsdray.nsd.betas import SCALE
 from nsdray.nsd.layout import CAPTION_SPLITS, N_SUBJECTS, SESSION_SUFFIXES, NSDLayout, check_subject
 from nsdray.nsd.rois import ATLASES, LABELS
 from nsdray.nsd.scenes import BACKGROUNDS, COLOURS, KINDS, Scene, caption_scene, draw_scene, make_scene
-from nsdray.nsd.simulate_bold import Bold, write_runs
+from nsdray.nsd.simulate_bold import TRIAL_NOISE, Bold, write_runs
 from nsdray.seeds import rng
 
 VOLUME = (22, 24, 18)
@@ -261,6 +261,7 @@ def _write_subject(layout: NSDLayout, subject: int, design: _Design, parameters:
         write_session(path, stored.reshape(len(shown), *brain.shape))
         if bold:
             betas, image_ids = stored[:, brain.index] / np.float32(SCALE), design.images[subject - 1, shown]
+            betas = expected[shown] + TRIAL_NOISE * (betas - expected[shown])
             write_runs(layout, subject, session, bold, betas, image_ids, trials_per_run(len(shown)), seed)
 
 

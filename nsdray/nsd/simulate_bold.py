@@ -1,10 +1,13 @@
-"""BOLD for the miniature NSD: runs whose single trials have the betas that are on disk, in NSD's files.
+"""BOLD for the miniature NSD: runs of the trials that have betas on disk, in NSD's files.
 
 Shares no code with `nsdray.glm`, so that what is estimated from it is compared with something independent. For voxel v
 with the beta b_v(i) of trial i, which came on at t_i, volume t of a run has
 
     y_v(t) = m_v (1 + s_v(t) / 100),   s_v(t) = sum_i b_v(i) h_v(t - t_i) + drift_v(t) + shared_v(t) + own_v(t)
 
+- b_v(i) is the response to the image, and 0.3 of the trial noise of the beta on disk. Noise of the series makes up for the
+  rest: betas of type D hold about as much of the response as those on disk do, types A to C less. With all the trial noise
+  in the series, and little of their own, ridge regression would have nothing to remove that differs from the signal.
 - h_v is a double gamma of the voxel's own, summed over the 3 s of a stimulus: its peak lies between 4 and 7 s and varies
   smoothly over the brain, its undershoot is 5 to 20 %. Its largest value on a volume is 1. These shapes are not those of
   the library that is fitted.
@@ -30,7 +33,8 @@ VOLUMES_PER_TRIAL = 3  # 4 s: 3 s of the picture and 1 s of grey
 STIMULUS_S = 3.0
 BLANKS_BEFORE, BLANKS_AFTER, BLANK_SHARE = 3, 5, 0.1  # trials without a picture: before, after, and among those with one
 N_SHARED = 4
-SHARED_SD, OWN_SD, DRIFT_SD = 0.5, 0.5, 0.5  # percent
+TRIAL_NOISE = 0.3  # of the trial noise on disk
+SHARED_SD, OWN_SD, DRIFT_SD = 0.7, 1.2, 0.5  # percent
 STEP_S, LENGTH_S = 0.1, 30.0
 
 

@@ -16,8 +16,8 @@ from nsdray.nsd.bold import BoldRun, BoldSession, bold_shape
 from nsdray.nsd.design import trials
 from nsdray.nsd.layout import NSDLayout
 
-TR_S = {"func1pt8mm": 4 / 3, "func1mm": 1.0}
-"""Seconds between volumes, by the folder's name: the data were resampled in time."""
+TR_S = 4 / 3
+"""Seconds between volumes of the preparation func1pt8mm, which was resampled in time."""
 STIMULUS_S = 3.0
 
 
@@ -72,9 +72,7 @@ def _pair_runs(files: dict[int, Path], designs: dict[int, np.ndarray], folder: P
 
 
 def _session(layout: NSDLayout, subject: int, session: int, pairs: dict[Path, np.ndarray | None]) -> BoldSession:
-    tr, runs, left_out = TR_S.get(layout.resolution), [], []
-    if tr is None:
-        raise ValueError(f"resolution is {layout.resolution}; NSD's time series are in {' and '.join(TR_S)}")
+    runs, left_out = [], []
     for path, ids in pairs.items():
         if ids is None or not ids.any():
             left_out.append(path.name)
@@ -85,10 +83,10 @@ def _session(layout: NSDLayout, subject: int, session: int, pairs: dict[Path, np
                 f"{path} has {shape[-1]} volumes, its design {len(ids)} lines; expected as many, or one line less. They are not "
                 "of the same run or resolution"
             )
-        runs.append(BoldRun(path, shape, Events((onset * tr).tolist(), (ids[onset] - 1).tolist())))
+        runs.append(BoldRun(path, shape, Events((onset * TR_S).tolist(), (ids[onset] - 1).tolist())))
     if not runs:
         raise ValueError(f"subject {subject}, session {session}: no run showed a picture ({', '.join(left_out)})")
-    return BoldSession(subject, session, tuple(runs), tr, STIMULUS_S, tuple(left_out))
+    return BoldSession(subject, session, tuple(runs), TR_S, STIMULUS_S, tuple(left_out))
 
 
 def _check_order(layout: NSDLayout, session: BoldSession, counts: dict[int, int]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nsdray.glm import Events, fit_glm, make_design
+from nsdray.glm.hrf import assumed_hrf
 
 SHAPES = [(50, 100), (50, 100)]
 
@@ -129,6 +130,37 @@ def test_swapped_axes_are_said_before_memory_is_taken(tmp_path):
     run = np.lib.format.open_memmap(tmp_path / "run.npy", "w+", np.float32, (100, 100_000_000))
     with pytest.raises(ValueError, match="axes are swapped"):
         fit_glm(matrix({10: 2}), run, 3, 1.5)
+
+
+class Lazy:
+    """An array that is still on disk."""
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+    def __array__(self, *_, **__):
+        raise AssertionError("it should not have been read")
+
+
+def test_nothing_is_read_before_everything_is_checked():
+    with pytest.raises(ValueError, match="axes are swapped"):
+        fit_glm(matrix({10: 2}), Lazy(100, 50), 3, 1.5)
+    for options in ({"max_regressors": 99}, {"beta_type": "E"}, {"hrf": "spm"}, {"fractions": [2]}):
+        with pytest.raises(ValueError):
+            fit_glm(matrix({10: 2}), Lazy(50, 100), 3, 1.5, **options)
+    with pytest.raises(AssertionError, match="should not have been read"):
+        fit_glm(matrix({10: 2}), Lazy(50, 100), 3, 1.5)
+
+
+def test_a_trial_may_begin_while_the_first_volume_is_recorded():
+    """As where slice timing moved volumes to their middles: onsets lose half a TR."""
+    time, hrfs = np.arange(100) * 1.5, assumed_hrf(3, 1.5)
+    onsets = [-0.75, 30.0, 75.75]
+    data = 100 + sum(hrfs.at(time - onset) for onset in onsets)  # (1, 100)
+    found = fit_glm(Events(onsets, "abc"), data, 3, 1.5, beta_type="B", hrf="assumed")
+    np.testing.assert_allclose(found.betas[:, 0] * found.mean / 100, 1, rtol=1e-3)
+    with pytest.raises(ValueError, match="1 of 3 events are outside .*first: -1.5 s"):
+        fit_glm(Events([-1.5, *onsets[1:]], "abc"), data, 3, 1.5)
 
 
 def test_trials_at_the_very_end_are_warned_of(design):

@@ -69,6 +69,26 @@ def test_runs_that_name_no_picture_are_left_out(bids):
         bids_sessions(bids, "01", 1)
 
 
+def test_echoes_and_parts_are_versions_of_a_run(bids):
+    path = func(bids) / "sub-01_ses-2_task-look_run-3_bold.nii.gz"
+    for entity in ("echo", "part"):
+        first, second = (path.with_name(path.name.replace("_bold", f"_{entity}-{i}_bold")) for i in (1, 2))
+        path.rename(first)
+        second.symlink_to(first)
+        with pytest.raises(ValueError, match=f"a run in 2 versions: .*{entity}-1_bold.*{entity}-2_bold.* combine echoes before"):
+            bids_sessions(bids, "01", 1)
+        second.unlink()
+        first.rename(path)
+
+
+def test_runs_are_compared_by_their_numbers(bids):
+    expected = bids_sessions(bids, "01", 1)[1]
+    for path in sorted(func(bids).glob("*_run-3_events.tsv")):
+        path.rename(path.with_name(path.name.replace("run-3", "run-03")))
+    found = bids_sessions(bids, "01", 1)[1]
+    assert found.runs == expected.runs and found.left_out == ()
+
+
 def test_repetition_times(bids):
     (bids / "task-look_bold.json").unlink()
     assert bids_sessions(bids, "01", 1)[0].tr == pytest.approx(4 / 3)  # of the headers

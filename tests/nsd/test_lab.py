@@ -78,6 +78,8 @@ def test_what_would_give_results_to_other_pictures_is_refused(bids, tmp_path):
     names = sorted(image_id)
     with pytest.raises(ValueError, match="another version of this experiment: the test images differ.* Take another --output"):
         written(bids, tmp_path / "out", test_images=names[:9])
+    with pytest.raises(ValueError, match=r"the captions \(there, but not given now by --bids.captions\) differ"):
+        written(bids, tmp_path / "out", captions=None)
     with pytest.raises(ValueError, match=r"picture_size \(64 there\) differ"):
         written(bids, tmp_path / "out", picture_size=32)
     path = next(bids.glob("sub-01/ses-1/func/*run-1_events.tsv"))
@@ -135,6 +137,19 @@ def test_the_split_is_stated(bids, tmp_path):
         written(bids, tmp_path / "out", test_images=[])
     with pytest.raises(FileNotFoundError, match="no list of test images"):
         lab.read_test_images(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_no_picture_is_taken_from_outside_of_its_folder(bids, tmp_path, absolute):
+    secret = bids / "stimuli/../secret.png"
+    Image.new("RGB", (64, 64)).save(secret)
+    name = str(bids / "secret.png") if absolute else "../secret.png"
+    path = next(bids.glob("sub-01/ses-1/func/*run-1_events.tsv"))
+    rows = path.read_text().splitlines()
+    rows[1] = "\t".join([*rows[1].split("\t")[:-1], name])
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match="secret.png' in events.tsv leads out of .*stimuli; it must be relative"):
+        written(bids, tmp_path / "out", captions=None, picture_size=16)
 
 
 def test_missing_or_wrong_files(bids, tmp_path):
