@@ -114,7 +114,7 @@ def main() -> None:
         first, second = trial_starts(source, root)
     ray.shutdown()
     print(f"GRU, {betas.shape[1]:,} voxels, {latents.shape[1]:,} latents, batch {BATCH_SIZE}, {os.cpu_count()} cores, "
-          f"median of {2 * arguments.n_epochs} (memory) and {arguments.n_epochs} epochs of {arguments.n_images:,} images")  # fmt: skip
+          f"medians of {2 * arguments.n_epochs} and {arguments.n_epochs} epochs of {arguments.n_images:,} images")  # fmt: skip
     print(f"  tensors in memory      {memory:8.0f} samples/s")
     print(f"  Parquet, Ray Data      {stream_rate:8.0f} samples/s")
     print(f"  ratio                  {stream_rate / memory:8.2f}   (target: 0.8 or more)")

@@ -258,16 +258,20 @@ def _validate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=context.device)
     for betas, targets in zip(*(share.split(n_samples_batch) for share in validation)):
-        targets = targets.to(context.device).float()
-        prediction = model(betas.to(context.device))
-        error = scale.raw(prediction) - targets
-        parts = scale.error(prediction, targets).square(), error.square(), error.abs()
-        sums += torch.stack([*(part.sum(dtype=torch.float64) for part in parts), sums.new_tensor(len(targets))])
+        sums += _errors(model(betas.to(context.device)), targets.to(context.device).float(), scale)
     loss, mse, mae, n = context.sum(sums).tolist()
     if not n:
         raise ValueError("train: no validation samples; early stopping needs some: set part of the training set aside")
     n_targets = len(scale.mean)
     return {"val_loss": loss / (n * scale.n_alive), "val_mse": mse / (n * n_targets), "val_mae": mae / (n * n_targets)}
+
+
+def _errors(prediction: torch.Tensor, targets: torch.Tensor, scale: TargetScale) -> torch.Tensor:
+    """Sums of squared standardised errors, squared raw ones and absolute raw ones, and the number of samples, (4,) float64."""
+    error = scale.raw(prediction) - targets
+    parts = scale.error(prediction, targets).square(), error.square(), error.abs()
+    sums = [part.sum(dtype=torch.float64) for part in parts]
+    return torch.stack([*sums, sums[0].new_tensor(len(targets))])
 
 
 def _check_finite(metrics: dict[str, float], clip_norm: float | None) -> None:

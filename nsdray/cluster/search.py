@@ -120,8 +120,8 @@ def notes(plan: Plan) -> list[str]:
         "score: mean of SSIM and PixCorr of stage-1 pictures of validation images; higher is better, and depths can be compared.",
         "±: half the 95 % bootstrap interval over these images. val_mse: of raw latents, within a depth only.",
         "train: s a subject; decode: ms a picture, prediction included. epochs: those trained, a mean over subjects.",
-        "unfinished: stopped by ASHA before its end (a ring in the charts, and on no front); the first trial of each depth never is.",
-        "front: for whom nothing with as few parameters is as good. ridge: a reference, not a trial; it predicts without weights.",
+        "unfinished: stopped by ASHA (a ring in the charts, on no front); the first trial of each depth trains to its end.",
+        "front: for whom nothing with as few parameters is as good. ridge: a reference; it predicts without weights.",
     ]
 
 
@@ -134,8 +134,10 @@ def cost_chart(plan: Plan, trials: pd.DataFrame, name: str) -> bytes:
     """Score against one of COSTS, with the fronts over all subjects and of each; rings are trials that were stopped."""
     column, factor, label = COSTS[name]
     shown = trials[trials["status"].isin((*WHOLE, "unfinished"))]
-    dots = {model: Dots(factor * own[column], own["score"], own["n_layers"].astype(int).astype(str), own["status"] == "unfinished")
-            for model, own in shown.groupby("model")}  # fmt: skip
+    dots = {}
+    for model, own in shown.groupby("model"):
+        depths, stopped = own["n_layers"].astype(int).astype(str), own["status"] == "unfinished"
+        dots[model] = Dots(factor * own[column], own["score"], depths, stopped)
     lines = {}
     for who, mask in fronts(plan, trials, column).items():
         of = "" if who == "all" else f"_{who}"
