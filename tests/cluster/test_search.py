@@ -209,6 +209,35 @@ def test_asha_stops_trials_but_for_the_first(found, monkeypatch, tmp_path):
     assert len(left) == 1  # the failed trial's, from which it could go on
 
 
+def test_a_search_in_an_object_store(found, s3, monkeypatch, tmp_path):
+    """By credentials of the address; started again, it finds its trials."""
+    store = Store(s3.uri("lab/root", user="key:secret@"))
+
+    def trial(choice, plan, data, memory):
+        assert list(tmp_path.iterdir()) == []  # not again
+        trials.report_trial({"score": 0.1, "epoch": 4, "status": "trained"}, {"epoch": 4})
+
+    monkeypatch.setattr(tune, "trial", trial)
+    config, tracker = replace(found[0], search=replace(found[0].search, n_trials=2)), start_tracker(found[2].store)
+    plan = SimpleNamespace(config=config, store=store, is_simulated=True)
+    ray.get(tracker.start.remote("searches/far", "far", {}, {}))
+    grid = tune.fit_trials(plan, "searches/far", [], tracker)
+    (tmp_path / "again").touch()
+    again = tune.fit_trials(plan, "searches/far", [], tracker)
+    for found_trials in (grid, again):
+        assert [(result.metrics["score"], result.error) for result in found_trials] == [(0.1, None)] * 2
+    assert "tuner.pkl" in store.sizes("searches/far/trials")
+
+
+def test_rings_are_trials_that_were_stopped(found):
+    _, folder, plan = found
+    table = trials_of(plan, folder)
+    columns = {"score": 0.4, "n_layers": 1.0, "status": "unfinished", "model": "gru"}
+    before, after = (search.cost_chart(plan, rows, "parameters").count(b"fill: none") for rows in (
+        table, pd.concat([table, table.iloc[:1].assign(**columns)], ignore_index=True)))  # fmt: skip
+    assert after > before
+
+
 def test_a_trial_that_reported_nothing():
     row = tune.trial_row(Config(), SimpleNamespace(metrics={}, config=None, error=RuntimeError("no memory")))
     assert row == {"model": "unknown", "score": tune.FAILED, "status": "failed: no memory"}
