@@ -29,6 +29,7 @@ from nsdray.cluster import run  # noqa: E402
 from nsdray.cluster.data import read_samples, read_targets  # noqa: E402
 from nsdray.cluster.train import trunk_rate, validation_images  # noqa: E402
 from nsdray.config import Config, StoreConfig  # noqa: E402
+from nsdray.decoder import cut_columns  # noqa: E402
 from nsdray.generators.stage1 import decode_pictures, enlarge  # noqa: E402
 from nsdray.metrics.bootstrap import bootstrap, paired_difference  # noqa: E402
 from nsdray.metrics.pixel import pixcorr  # noqa: E402
@@ -123,9 +124,7 @@ class Study:
         network.load_state_dict(fitted.state)
         raw, held_out = (predict(network, x, fitted.mean, fitted.std).numpy() for x in (data.test_betas, data.val_betas))
         latents = rescale(raw, *moments(held_out), fitted.mean, fitted.std)
-        shapes = subject.plan.shapes("vdvae")
-        layers = np.split(latents, np.cumsum([np.prod(shape) for shape in shapes])[:-1], 1)
-        layers = [layer.reshape(-1, *shape) for layer, shape in zip(layers, shapes)]
+        layers = cut_columns(latents, subject.plan.shapes("vdvae"))
         seen = run.seen_pictures(subject)
         pictures = decode_pictures(vdvae, layers, subject.image_ids("test"), deterministic=True)
         error = np.square(raw - data.test_targets.astype(np.float32)).mean(1, dtype=np.float64)

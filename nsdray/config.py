@@ -241,8 +241,8 @@ class TrainingConfig:
     rescale: Rescale = "train_moments"
     """As ridge.rescale, with the moments of predictions for the validation images."""
     pretrained: str | None = None
-    """Folder of a decoder (models/…/subject=NN) of the same network and targets, best of a shared one: fine-tune everything
-    above its input layer, and learn the input layer anew. None: start from nothing."""
+    """Folder of a decoder (models/…/subject=NN) of the same network and VDVAE layers, best of a shared one: fine-tune everything
+    above its input layer, and learn the input layer anew. None: start from nothing, as networks for CLIP's tokens always do."""
     trunk_rate: float = 0.1
     """Fine-tuning: factor on the learning rate above the input layer; 0 freezes it."""
 
@@ -437,7 +437,8 @@ class SearchConfig:
     models: tuple[Literal["gru", "conv", "transformer", "mlp"], ...] = ("gru", "conv", "transformer", "mlp")
     """Networks to try. Each starts from its own settings in this configuration."""
     n_layers: tuple[int, ...] = (2, 6, 14, 15, 23, 31)
-    """VDVAE layers to predict, any from 1 to 75 (31 for the mini VDVAE)."""
+    """VDVAE layers to predict, any from 1 to 75 (31 for the mini VDVAE). The deepest decides what lies in Ray's object store: for
+    9,000 images of a subject 1.6 GB of latents for 31 layers, 26 GB for 75, and 0.6 GB of betas."""
     width: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Factors on the network's hidden units."""
     dropout: tuple[float, float] = (0.2, 0.8)
@@ -445,11 +446,15 @@ class SearchConfig:
     learning_rate: tuple[float, float] = (5e-4, 1e-2)
     """Range of the learning rate, searched on a logarithmic scale."""
     n_trials: int = 24
-    """Trials in all. The first are one per depth with the first network as it is configured, so that depths can be compared."""
+    """Trials in all. The first are one per depth with the first network as it is configured; these train to their end, so that
+    depths can be compared."""
+    n_epochs: int | None = None
+    """Most epochs of a trial, and of the best configuration that is written. None: each network's own n_epochs."""
     n_images: int = 48
     """Validation images of each subject whose stage-1 pictures are scored."""
     grace_epochs: int = 12
-    """Epochs that every trial may train; then only the best 1 / reduction go on, and so on (ASHA)."""
+    """Epochs that every trial may train; then, but for the first of each depth, only the best 1 / reduction go on, and so on
+    (ASHA)."""
     reduction: int = 2
     """See grace_epochs."""
     per_subject: bool = False
@@ -468,8 +473,10 @@ class SearchConfig:
         require(0 <= low <= high < 1, f"search.dropout is {self.dropout}, must be a range within [0, 1)")
         low, high = self.learning_rate
         require(0 < low <= high, f"search.learning_rate is {self.learning_rate}, must be a range above 0")
-        for name in ("n_trials", "n_images", "grace_epochs", "cpus_per_trial", "gpus_per_trial"):
-            require(getattr(self, name) > 0, f"search.{name} is {getattr(self, name)}, must be positive")
+        for name in ("n_trials", "n_epochs", "grace_epochs", "cpus_per_trial", "gpus_per_trial"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"search.{name} is {value}, must be positive")
+        require(self.n_images >= 2, f"search.n_images is {self.n_images}, must be at least 2: scores vary over images")
         require(self.reduction >= 2, f"search.reduction is {self.reduction}, must be at least 2")
 
 

@@ -172,9 +172,13 @@ def rescaled(
         if test_moments is None and len(targets) < 2:
             raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
         targets = rescale(targets, *(test_moments or moments(targets)), s.latents_mean, s.latents_std)
-    sizes = [int(np.prod(shape)) for shape in card.shapes]
-    columns = np.split(targets, np.cumsum(sizes)[:-1], 1)
-    return [z.reshape(len(z), *shape) for z, shape in zip(columns, card.shapes)]
+    return cut_columns(targets, card.shapes)
+
+
+def cut_columns(targets: np.ndarray, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Flat targets (n, n_targets), cut into columns (n, *shape)."""
+    columns = np.split(targets, np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1], 1)
+    return [z.reshape(len(z), *shape) for z, shape in zip(columns, shapes)]
 
 
 def card_bytes(card: DecoderCard) -> bytes:

@@ -16,6 +16,7 @@ from nsdray.config import (
     GRUConfig,
     MLPConfig,
     RidgeConfig,
+    SearchConfig,
     Stage1Config,
     Stage2Config,
     TargetsConfig,
@@ -33,9 +34,10 @@ def mini() -> Config:
         gru=GRUConfig(learning_rate=4e-3, weight_decay=2.0, dropout=0.7, patience=8, **training),
         conv=ConvConfig(learning_rate=4e-3, weight_decay=4.0, dropout=0.5, patience=15, **training),
         transformer=TransformerConfig(learning_rate=2e-3, weight_decay=2.0, dropout=0.7, patience=8, **training),
-        mlp=MLPConfig(learning_rate=1e-3, weight_decay=2.0, dropout=0.8, patience=8, n_hidden_layers=1, **training),
+        mlp=MLPConfig(hidden=208, learning_rate=1e-3, weight_decay=2.0, dropout=0.8, patience=8, n_hidden_layers=1, **training),
         stage1=Stage1Config(deterministic=True),
         stage2=Stage2Config(sampler="unipc", n_steps=20, guidance=3.0),
+        search=SearchConfig(width=(0.5, 1.0), n_epochs=24, grace_epochs=8, reduction=3),  # some 16 minutes on two cores
     )
 
 

@@ -154,6 +154,8 @@ class Dots:
     x: Sequence[float]
     y: Sequence[float]
     labels: Sequence[str]
+    hollow: Sequence[bool] = ()
+    """Which are drawn as rings; empty: none."""
 
 
 def dot_chart(
@@ -165,7 +167,9 @@ def dot_chart(
         style = ("#6b7686", 1.6, "-") if i == 0 else ("#b6bfca", 0.9, ("--", ":", "-.")[i % 3])
         axes.step(*front, where="post", label=name, zorder=1, **dict(zip(("color", "linewidth", "linestyle"), style)))
     for (name, dots), colour in zip(groups.items(), COLOURS * len(groups)):
-        axes.scatter(dots.x, dots.y, s=28, color=colour, label=name, zorder=2)
+        faces = ["none" if hollow else colour for hollow in dots.hollow] or colour
+        axes.scatter(dots.x, dots.y, s=28, facecolors=faces, edgecolors=colour, zorder=2)
+        axes.scatter([], [], s=28, color=colour, label=name)  # the legend's is full
         for x, y, label in zip(dots.x, dots.y, dots.labels):
             axes.annotate(label, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set_xscale("log")

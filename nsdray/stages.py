@@ -285,18 +285,21 @@ class Plan:
         else:
             settings["n_train_workers"] = config.cluster.n_train_workers  # batch statistics and dropout are per worker
             del settings["checkpoint_every"]
-            if settings["pretrained"] is None:
+            if (pretrained := self.pretrained(fit)) is None:
                 del settings["pretrained"], settings["trunk_rate"]
             else:
-                settings["pretrained"] = file_digest(self.pretrained(fit) / "network.safetensors")
+                settings["pretrained"] = file_digest(pretrained / "network.safetensors")
             if fit.is_shared:  # each subject's decoder depends on all subjects' data
                 settings["subjects"] = {subject.folder: digest(subject.inputs) for subject in self.subjects}
         targets = self.targets(fit.kind).hash
         return self._stage(f"models/{self.label(fit)}", settings=settings, samples=self.samples.hash, targets=targets)
 
-    def pretrained(self, fit: Fit) -> Path:
-        """Folder of the decoder to fine-tune; FileNotFoundError if there is no network in it."""
-        path = Path(getattr(self.config, fit.network).pretrained).expanduser().resolve()
+    def pretrained(self, fit: Fit) -> Path | None:
+        """Folder of the decoder to fine-tune, None for none (as for all tokens); FileNotFoundError if it holds no network."""
+        folder = getattr(self.config, fit.network).pretrained
+        if folder is None or fit.kind != "vdvae":
+            return None
+        path = Path(folder).expanduser().resolve()
         if not (path / "network.safetensors").is_file():
             raise FileNotFoundError(
                 f"{path} holds no network.safetensors; --{fit.network}.pretrained names a finished folder "

@@ -133,6 +133,10 @@ class Store:
             raise ValueError(f"{name!r} is no name below {self.root}: it must be relative, without \"..\"")
         return f"{self.base}/{name}"
 
+    def storage(self, name: str) -> tuple[str, fs.FileSystem | None]:
+        """A file or folder as Ray wants to know it: its path, and the file system unless it is the local one."""
+        return self.path(name), None if self.is_local else self.fs
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the whole files right below a folder; empty if it is not there."""
         return {info.base_name: info.size for info in self._files(folder) if not info.base_name.endswith(PARTIAL)}

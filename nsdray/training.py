@@ -26,6 +26,10 @@ the step has over all workers. Every worker must have the same number of steps, 
 network has BatchNorm; the order must follow from (seed, epoch)."""
 
 
+N_ROWS_BATCH = 64
+"""Rows that are predicted or validated at a time: some seven float32 of each target and row are alive then."""
+
+
 class Context(Protocol):
     """What the loop needs to know of where it runs."""
 
@@ -229,7 +233,11 @@ def _train_epoch(
 
 @torch.no_grad()
 def _average_buffers(model: nn.Module, context: Context) -> None:
-    """Give all workers the mean of their BatchNorm statistics, so that they validate and keep the same model."""
+    """Give all workers the mean of their BatchNorm statistics, so that they validate and keep the same model.
+
+    Within an epoch each keeps its own, of its own shares of the batches: `Context.prepare` must not let DDP broadcast those of
+    the first worker over the others'.
+    """
     if context.world_size > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -242,7 +250,7 @@ def _validate(
     validation: tuple[torch.Tensor, torch.Tensor],
     context: Context,
     scale: TargetScale,
-    n_samples_batch: int = 1024,
+    n_samples_batch: int = N_ROWS_BATCH,
 ) -> dict[str, float]:
     """Loss on standardised targets, MSE and MAE on raw ones, over all workers' shares (which may differ in size)."""
     if len(validation[0]) != len(validation[1]):
@@ -250,16 +258,20 @@ def _validate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=context.device)
     for betas, targets in zip(*(share.split(n_samples_batch) for share in validation)):
-        targets = targets.to(context.device).float()
-        prediction = model(betas.to(context.device))
-        error = scale.raw(prediction) - targets
-        parts = scale.error(prediction, targets).square(), error.square(), error.abs()
-        sums += torch.stack([*(part.sum(dtype=torch.float64) for part in parts), sums.new_tensor(len(targets))])
+        sums += _errors(model(betas.to(context.device)), targets.to(context.device).float(), scale)
     loss, mse, mae, n = context.sum(sums).tolist()
     if not n:
         raise ValueError("train: no validation samples; early stopping needs some: set part of the training set aside")
     n_targets = len(scale.mean)
     return {"val_loss": loss / (n * scale.n_alive), "val_mse": mse / (n * n_targets), "val_mae": mae / (n * n_targets)}
+
+
+def _errors(prediction: torch.Tensor, targets: torch.Tensor, scale: TargetScale) -> torch.Tensor:
+    """Sums of squared standardised errors, squared raw ones and absolute raw ones, and the number of samples, (4,) float64."""
+    error = scale.raw(prediction) - targets
+    parts = scale.error(prediction, targets).square(), error.square(), error.abs()
+    sums = [part.sum(dtype=torch.float64) for part in parts]
+    return torch.stack([*sums, sums[0].new_tensor(len(targets))])
 
 
 def _check_finite(metrics: dict[str, float], clip_norm: float | None) -> None:
@@ -272,20 +284,29 @@ def _check_finite(metrics: dict[str, float], clip_norm: float | None) -> None:
         )
 
 
-def require_memory(n_parameters: int, n_inputs: int, n_targets: int, batch_size: int, free: int) -> int:
+def count_parameters(build: Callable[[], nn.Module]) -> int:
+    """Parameters of the network that build makes, without the memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build().parameters())
+
+
+def require_memory(n_parameters: int, n_inputs: int, n_targets: int, batch_size: int, n_validation: int, free: int) -> int:
     """Bytes that training will take at least, before any of them is taken; `TooLargeError` if they are more than are free.
 
-    Five float32 for each parameter (weight, gradient, AdamW's two moments, the best epoch's weight), and a batch_size of this
-    worker with its n_inputs betas, and its n_targets as targets, prediction, error and gradient.
+    Five float32 for each parameter (weight, gradient, AdamW's two moments, the best epoch's weight); n_validation rows of
+    n_inputs betas and n_targets, which stay; and the larger of a training batch of this worker (betas; targets, prediction, error
+    and gradient) and a batch of validation (`N_ROWS_BATCH`). n_parameters, n_validation: of all networks that are held at once.
     """
-    network, batch = 5 * 4 * n_parameters, 4 * batch_size * (n_inputs + 4 * n_targets)
-    if network + batch > free:
+    network, held = 5 * 4 * n_parameters, 4 * n_validation * (n_inputs + n_targets)
+    batch = 4 * max(batch_size * (n_inputs + 4 * n_targets), 7 * min(N_ROWS_BATCH, n_validation) * n_targets)
+    if network + held + batch > free:
         raise TooLargeError(
             f"this network is too large: training its {n_parameters:,} parameters takes {network / 1e9:.1f} GB, a batch of "
-            f"{batch_size} another {batch / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Make it narrower, predict fewer "
-            "layers or tokens, or lower the batch_size if that is what is large."
+            f"{batch_size} another {batch / 1e9:.1f} GB, {n_validation} validation images {held / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free. Make it narrower, predict fewer layers or tokens, or lower the batch_size if that is "
+            "what is large."
         )
-    return network + batch
+    return network + held + batch
 
 
 def free_memory(device: torch.device) -> int:
@@ -309,7 +330,7 @@ def predict(
     betas: torch.Tensor | np.ndarray,
     target_mean: np.ndarray | torch.Tensor,
     target_std: np.ndarray | torch.Tensor,
-    batch_size: int = 1024,
+    batch_size: int = N_ROWS_BATCH,
 ) -> torch.Tensor:
     """Raw targets (n_samples, n_targets) float32 on the CPU, from z-scored betas (n_samples, n_voxels).
 

@@ -13,6 +13,8 @@ from nsdray.training import (
     DivergedError,
     LocalContext,
     TargetScale,
+    _validate,
+    count_parameters,
     free_memory,
     learning_rate_at,
     memory_batches,
@@ -253,12 +255,28 @@ def test_rates_of_single_parameters(data):
 
 
 def test_memory_is_asked_for_before_it_is_taken():
-    # the paper's GRU: 12,400,344 parameters x 20 bytes, and 128 rows of 15,724 betas and 4 x 13,344 targets
-    needed = 12_400_344 * 20 + 128 * 4 * (15_724 + 4 * 13_344)
-    assert require_memory(12_400_344, 15_724, 13_344, 128, free=needed) == needed
-    with pytest.raises(ValueError, match=r"its 12,400,344 parameters takes 0\.2 GB, a batch of 128 another 0\.0 GB, and 0\.1 GB"):
-        require_memory(12_400_344, 15_724, 13_344, 128, free=100_000_000)
+    # the paper's GRU: 12,400,344 parameters x 20 bytes, 886 validation images, 128 rows of 15,724 betas and 4 x 13,344 targets
+    assert count_parameters(lambda: GRURegressor(15_724, 13_344)) == 12_400_344
+    needed = 12_400_344 * 20 + 886 * 4 * (15_724 + 13_344) + 128 * 4 * (15_724 + 4 * 13_344)
+    assert require_memory(12_400_344, 15_724, 13_344, 128, 886, free=needed) == needed
+    message = r"its 12,400,344 parameters takes 0\.2 GB, a batch of 128 another 0\.0 GB, 886 validation images 0\.1 GB, and 0\.1"
+    with pytest.raises(ValueError, match=message):
+        require_memory(12_400_344, 15_724, 13_344, 128, 886, free=needed - 250_000_000)
+    # with few rows a step it is validation that counts: 7 float32 of 64 rows
+    assert require_memory(0, 0, 100, 8, 100, free=2**40) == 4 * 100 * 100 + 4 * 7 * 64 * 100
     assert 2**28 < free_memory(torch.device("cpu")) < 2**46
+
+
+def test_validation_keeps_no_more_than_its_estimate():
+    """Peak of what one pass allocates, against the seven float32 of 64 rows that `require_memory` counts."""
+    n_targets, rows = 5000, 640
+    scale = TargetScale(np.zeros(n_targets), np.ones(n_targets), torch.device("cpu"))
+    model, validation = nn.Linear(3, n_targets), (torch.randn(rows, 3), torch.randn(rows, n_targets))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        _validate(model, validation, LocalContext(), scale)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    alive = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
+    assert 5 * 64 * 4 * n_targets < alive.max() <= 7.1 * 64 * 4 * n_targets
 
 
 def test_arrays_serve_as_well_as_tensors(data):

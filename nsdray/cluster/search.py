@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 import ray
 
-from nsdray.cluster.results import flatten, tracking
+from nsdray.cluster.results import flatten, suffix, tracking
 from nsdray.cluster.scores import source_name
+from nsdray.cluster.trials import WHOLE, training_settings
 from nsdray.cluster.tune import prepare_search, run_search, search_plan
 from nsdray.config import Config, digest
 from nsdray.metrics.pareto import pareto_front
@@ -25,8 +27,8 @@ COSTS = {
 }
 """Charts of quality against cost: column, factor and label of the x axis."""
 FILES = ("table.txt", "trials.csv", *(f"{cost}.svg" for cost in COSTS), "depth.svg", "best.json", "report.html")
-SHOWN = ("n_layers", "hidden", "dropout", "learning_rate", "score", "ssim", "pixcorr", "val_mse", "parameters/M", "train/s",
-         "decode/ms", "epoch", "front", "status")  # fmt: skip
+SHOWN = ("n_layers", "hidden", "dropout", "learning_rate", "score", "±", "ssim", "pixcorr", "val_mse", "parameters/M", "train/s",
+         "decode/ms", "epochs", "front", "status")  # fmt: skip
 
 
 def search(config: Config) -> list[str]:
@@ -45,17 +47,17 @@ def search_one(config: Config, folder: str) -> str:
     with tracking(plan) as tracker:
         params = flatten(asdict(plan.config))
         tags = {"kind": "search", "data": "simulated" if plan.is_simulated else "nsd"}
-        ray.get(tracker.start.remote(folder, f"search: {folder.removeprefix('searches/')}", params, tags))
+        ray.get(tracker.start.remote(folder, f"search: {folder.removeprefix('searches/')}{suffix(plan)}", params, tags))
         trials = with_fronts(run_search(plan, folder, tracker), plan)
-        trained = trials[(trials["model"] != "ridge") & (trials["status"] == "trained")]
+        networks, best = trials[trials["model"] != "ridge"], trials[trials["status"].isin(WHOLE)].iloc[0]
         files = {"table.txt": search_table(plan, trials).encode(), "trials.csv": trials.to_csv(index=False).encode()}
-        if len(trained):
-            best = trained.iloc[0]
+        is_found = networks["status"].isin(("trained", "unfinished")).any()
+        if is_found:
             files |= found(plan, trials, best_recipe(replace(plan.config, stage2=config.stage2), best))
         for name, data in files.items():
             plan.store.write_bytes(f"{folder}/{name}", data)
-        if trained.empty:
-            status = trials[trials["model"] != "ridge"].iloc[0]["status"]
+        if not is_found:
+            status = networks.iloc[0]["status"]
             raise ValueError(f"no trial could be trained, as {plan.store.uri(folder)}/table.txt shows; the first: {status}")
         scores = {name: float(best[name]) for name in ("score", "ssim", "pixcorr")}
         ray.get(tracker.log_result.remote(folder, scores, {"found": plan.store.uri(folder)}, files))
@@ -64,11 +66,10 @@ def search_one(config: Config, folder: str) -> str:
 
 def fronts(plan: Plan, trials: pd.DataFrame, cost: str = "n_parameters") -> dict[str, np.ndarray]:
     """Which rows are on the Pareto front of score and a column of costs, over all subjects ("all") and for each, (n,) bool."""
-    whole = trials["status"].isin(("trained", "reference"))
+    whole = trials["status"].isin(WHOLE)
 
     def front(of: str) -> np.ndarray:
-        column = f"{cost}{of}" if f"{cost}{of}" in trials else cost
-        return pareto_front(np.where(whole, trials[column], np.nan), trials[f"score{of}"])
+        return pareto_front(np.where(whole, trials[f"{cost}{of}"], np.nan), trials[f"score{of}"])
 
     subjects = [str(subject.subject) for subject in plan.subjects] if len(plan.subjects) > 1 else []
     return {"all": front("")} | {subject: front(f"_{subject}") for subject in subjects}
@@ -85,7 +86,7 @@ def with_fronts(trials: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 def found(plan: Plan, trials: pd.DataFrame, best: Config) -> dict[str, bytes]:
     """What a search leaves beside its table: charts, the best configuration, a report."""
     recipe = json.dumps(asdict(best), indent=1)
-    charts = {f"{cost}.svg": cost_chart(plan, trials, cost) for cost in COSTS} | {"depth.svg": depth_chart(trials)}
+    charts = {f"{cost}.svg": cost_chart(plan, trials, cost) for cost in COSTS} | {"depth.svg": depth_chart(plan, trials)}
     return {**charts, "best.json": recipe.encode(), "report.html": page(plan, trials, charts, recipe).encode()}
 
 
@@ -94,14 +95,14 @@ def shown_rows(trials: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for trial in trials.to_dict("records"):
         values = trial | {"parameters/M": trial["n_parameters"] / 1e6, "train/s": trial["train_s"],
-                          "decode/ms": 1000 * trial["decode_s"], "epoch": none_if_nan(trial.get("epoch"), int),
-                          "status": str(trial["status"]).split(":")[0]}  # fmt: skip
-        values |= {"hidden": none_if_nan(trial.get("hidden"), int), "n_layers": int(trial["n_layers"])}
+                          "decode/ms": 1000 * trial["decode_s"], "epochs": none_if_nan(trial.get("epochs"), round),
+                          "±": trial["score_error"], "status": str(trial["status"]).split(":")[0]}  # fmt: skip
+        values |= {name: none_if_nan(trial.get(name), int) for name in ("hidden", "n_layers")}
         rows.append({"model": trial["model"]} | {name: none_if_nan(values.get(name)) for name in SHOWN})
     return rows
 
 
-def none_if_nan(value: Any, kind: type | None = None) -> Any:
+def none_if_nan(value: Any, kind: Callable[[float], Any] | None = None) -> Any:
     """None for what is not there."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return None
@@ -117,8 +118,10 @@ def notes(plan: Plan) -> list[str]:
     """How to read the table."""
     return [
         "score: mean of SSIM and PixCorr of stage-1 pictures of validation images; higher is better, and depths can be compared.",
-        "val_mse: of raw latents, within a depth only. train: s a subject; decode: ms a picture. epoch: where it was stopped.",
-        "front: for whom nothing with as few parameters is as good. ridge: a reference, not a trial.",
+        "±: half the 95 % bootstrap interval over these images. val_mse: of raw latents, within a depth only.",
+        "train: s a subject; decode: ms a picture, prediction included. epochs: those trained, a mean over subjects.",
+        "unfinished: stopped by ASHA (a ring in the charts, on no front); the first trial of each depth trains to its end.",
+        "front: for whom nothing with as few parameters is as good. ridge: a reference; it predicts without weights.",
     ]
 
 
@@ -128,37 +131,44 @@ def search_table(plan: Plan, trials: pd.DataFrame) -> str:
 
 
 def cost_chart(plan: Plan, trials: pd.DataFrame, name: str) -> bytes:
-    """Score against one of COSTS, with the fronts over all subjects and of each."""
+    """Score against one of COSTS, with the fronts over all subjects and of each; rings are trials that were stopped."""
     column, factor, label = COSTS[name]
-    whole = trials[trials["status"].isin(("trained", "reference"))]
-    dots = {model: Dots(factor * own[column], own["score"], own["n_layers"].astype(str))
-            for model, own in whole.groupby("model")}  # fmt: skip
+    shown = trials[trials["status"].isin((*WHOLE, "unfinished"))]
+    dots = {}
+    for model, own in shown.groupby("model"):
+        depths, stopped = own["n_layers"].astype(int).astype(str), own["status"] == "unfinished"
+        dots[model] = Dots(factor * own[column], own["score"], depths, stopped)
     lines = {}
     for who, mask in fronts(plan, trials, column).items():
-        own, score = (column, "score") if who == "all" else (f"{column}_{who}", f"score_{who}")
-        cost = own if own in trials else column
-        front = trials[mask].sort_values(cost)
-        lines["Pareto front" if who == "all" else f"subject {who}"] = factor * front[cost], front[score]
-    return dot_chart(dots, label, "score of validation pictures", lines)
+        of = "" if who == "all" else f"_{who}"
+        front = trials[mask].sort_values(f"{column}{of}")
+        lines["Pareto front" if who == "all" else f"subject {who}"] = factor * front[f"{column}{of}"], front[f"score{of}"]
+    return dot_chart(dots, label, f"score of validation pictures, {source_name(plan)}", lines)
 
 
-def depth_chart(trials: pd.DataFrame) -> bytes:
-    """The best score of every model at every depth."""
-    whole = trials[trials["status"].isin(("trained", "reference"))]
+def depth_chart(plan: Plan, trials: pd.DataFrame) -> bytes:
+    """The best score of every model at every depth, of what was trained to its end, with the interval over images."""
+    whole = trials[trials["status"].isin(WHOLE)]
     depths = sorted(whole["n_layers"].unique())
     lines = {}
     for model, own in whole.groupby("model"):
-        best = own.groupby("n_layers")["score"].max()
-        lines[model] = Line([depths.index(n) for n in best.index], best.to_numpy(), dashed=model == "ridge")
-    return line_chart(lines, "VDVAE layers predicted", "best score of validation pictures", [str(n) for n in depths])
+        best = own.loc[own.groupby("n_layers")["score"].idxmax()]
+        score, error = (best[name].to_numpy() for name in ("score", "score_error"))
+        place = [depths.index(n) for n in best["n_layers"]]
+        lines[model] = Line(place, score, score - error, score + error, dashed=model == "ridge")
+    label = f"best score of validation pictures, {source_name(plan)}"
+    return line_chart(lines, "VDVAE layers predicted", label, [str(int(n)) for n in depths])
 
 
 def best_recipe(config: Config, best: pd.Series) -> Config:
-    """A trial as a configuration that `jobs/train_all_subjects.py` takes."""
-    network = replace(getattr(config, best.model), hidden=int(best.hidden), dropout=float(best.dropout),
-                      learning_rate=float(best.learning_rate))  # fmt: skip
+    """A trial, or ridge at a depth, as a configuration that `jobs/train_all_subjects.py` takes."""
     name = f"{config.search.name or config.recipe}-best"
-    return replace(config, recipe=name, models=(best.model,), n_layers=int(best.n_layers), **{best.model: network})
+    config = replace(config, recipe=name, models=(best.model,), n_layers=int(best.n_layers))
+    if best.model == "ridge":
+        return config
+    network = replace(training_settings(config, best.model), hidden=int(best.hidden), dropout=float(best.dropout),
+                      learning_rate=float(best.learning_rate))  # fmt: skip
+    return replace(config, **{best.model: network})
 
 
 def page(plan: Plan, trials: pd.DataFrame, charts: dict[str, bytes], best: str) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,16 @@ from nsdray.regressors.shared import SharedRegressor, is_trunk, pack, subject_st
 from nsdray.seeds import derive
 from nsdray.stages import Fit, Plan, SubjectPlan
 from nsdray.store import Store, is_out_of_space, out_of_space
-from nsdray.training import Context, DivergedError, free_memory, predict, require_memory, train
+from nsdray.training import (
+    Context,
+    DivergedError,
+    TooLargeError,
+    count_parameters,
+    free_memory,
+    predict,
+    require_memory,
+    train,
+)
 
 
 class RayContext:
@@ -57,7 +67,8 @@ class RayContext:
         self.device = ray.train.torch.get_device()
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        return ray.train.torch.prepare_model(model)
+        # Batch statistics stay each worker's own; `train` averages them.
+        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
@@ -110,15 +121,41 @@ def validation_images(subject: SubjectPlan, fraction: float) -> np.ndarray:
     return np.sort(ids[order[: max(2, round(fraction * len(ids)))]])
 
 
-def train_worker(arguments: dict[str, Any]) -> dict[str, float] | DivergedError:
+def train_worker(arguments: dict[str, Any]) -> dict[str, float] | ValueError:
     """What one Ray Train worker does: fit the network; the first one writes the decoders.
 
-    A divergence is returned, not raised: all workers find it at once, and Ray Train would try the same again.
+    What only the user can mend is returned, not raised: all workers find it at once, and Ray Train would try the same again.
     """
     try:
         return fit_network(arguments["subjects"], arguments["fit"], RayContext())
-    except DivergedError as error:
+    except (DivergedError, TooLargeError) as error:
         return error
+    except ValueError as error:
+        return ValueError(str(getattr(error, "cause", error)))  # without Ray's wrapping, if a task raised it
+
+
+def agreed(context: Context, work: Callable[[], Any]) -> Any:
+    """What work gives. A ValueError of one worker is one for all, since they would wait for that one for ever."""
+    result, error = None, None
+    try:
+        result = work()
+    except ValueError as own:
+        error = own
+    failed = torch.zeros(context.world_size, device=context.device)
+    failed[context.rank] = error is not None
+    failed = context.sum(failed)
+    if error is not None:
+        raise error
+    if failed.any():
+        raise ValueError(f"training worker {int(failed.argmax()) + 1} of {context.world_size} could not start; its log says why")
+    return result
+
+
+def least_memory(context: Context) -> int:
+    """Bytes that are free where the least are free of all workers."""
+    free = torch.zeros(context.world_size, dtype=torch.float64, device=context.device)
+    free[context.rank] = free_memory(context.device)
+    return int(context.sum(free).min())
 
 
 def fit_network(subjects: list[SubjectPlan], fit: Fit, context: Context) -> dict[str, float]:
@@ -130,20 +167,19 @@ def fit_network(subjects: list[SubjectPlan], fit: Fit, context: Context) -> dict
     n_rows = [sum(len(part.image_ids) for part in source.parts) - len(ids) for source, ids in zip(sources, held_out)]
     n_steps = steps_per_epoch(n_rows, settings["batch_size"], context.world_size)
     n_voxels, n_targets = [len(subject.voxels.index) for subject in subjects], sum(math.prod(s) for s in plan.shapes(fit.kind))
-    with torch.device("meta"):
-        n_parameters = sum(p.numel() for p in build(fit, n_voxels, n_targets, sizes).parameters())
+    n_parameters = count_parameters(partial(build, fit, n_voxels, n_targets, sizes))
     n_rows_step = -(-sum(n_rows) // (n_steps * context.world_size))
-    require_memory(n_parameters, max(n_voxels), n_targets, n_rows_step, free_memory(context.device))
+    require_memory(n_parameters, max(n_voxels), n_targets, n_rows_step, sum(map(len, held_out)), least_memory(context))
 
-    scans = [scan(source, ids) for source, ids in zip(sources, held_out)]
+    scans = agreed(context, lambda: [scan(source, ids) for source, ids in zip(sources, held_out)])
     scales = [(torch.from_numpy(own.betas.mean), torch.from_numpy(own.betas.std)) for own in scans]
     val_betas = [standardise(own.val_betas, scale) for own, scale in zip(scans, scales)]
     torch.manual_seed(derive(config.seed, "initial weights", *(subject.subject for subject in subjects)))
     network = build(fit, n_voxels, n_targets, sizes)
     latents_mean, latents_std = target_moments(scans)
     rate_factor = None
-    if settings["pretrained"] is not None:
-        base = pretrained_decoder(plan, fit, sizes)
+    if (folder := plan.pretrained(fit)) is not None:
+        base = agreed(context, lambda: pretrained_decoder(plan, fit, folder, sizes))
         latents_mean, latents_std = base.scaling.latents_mean, base.scaling.latents_std  # what the trunk's outputs mean
         network = with_trunk(network, base.network.state_dict())
         rate_factor = partial(trunk_rate, network, settings["trunk_rate"])
@@ -191,9 +227,8 @@ def trunk_rate(network: torch.nn.Module, rate: float, name: str) -> float:
     return rate if is_trunk(network, name) else 1.0
 
 
-def pretrained_decoder(plan: Plan, fit: Fit, sizes: dict[str, Any]) -> Decoder:
+def pretrained_decoder(plan: Plan, fit: Fit, folder: Path, sizes: dict[str, Any]) -> Decoder:
     """The decoder to fine-tune. ValueError if it predicts something else, or by another network."""
-    folder = plan.pretrained(fit)
     decoder = Decoder.load(folder)
     source = plan.config.targets.vdvae if fit.kind == "vdvae" else plan.config.clip.model
     wanted = {"regressor": fit.network, "kind": fit.kind, "columns": plan.columns(fit.kind), "network": sizes, "source": source}
@@ -284,6 +319,7 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
     name = f"{plan.model(fit).folder}/{folder}-{digest([subject.inputs for subject in subjects])}".replace("/", "_")
     keys = [subject.run_key(fit.regressor) for subject in subjects] if tracker and fit.kind == "vdvae" else []  # or history.json
     n_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    storage_path, storage_filesystem = plan.store.storage("training")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"subjects": subjects, "fit": fit},
@@ -294,8 +330,8 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=plan.store.path("training"),
-            storage_filesystem=None if plan.store.is_local else plan.store.fs,
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_retries),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[CurveLogger(tracker, keys, {"model": plan.label(fit), "subject": who})],
@@ -306,8 +342,8 @@ def _fit(subjects: list[SubjectPlan], fit: Fit, tracker: Any) -> dict[str, float
         result = trainer.fit().return_value
     except TrainingFailedError as error:
         raise cause_of(error, plan.store.path(f"training/{name}")) from error
-    if isinstance(result, DivergedError):
-        raise DivergedError(f"{plan.label(fit)}, subject {', '.join(str(s.subject) for s in subjects)}: {result}")
+    if isinstance(result, ValueError):
+        raise type(result)(f"{plan.label(fit)}, subject {', '.join(str(s.subject) for s in subjects)}: {result}")
     return result
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nsdray.regressors.base import Regressor
 
-class GRURegressor(nn.Module):
+
+class GRURegressor(Regressor):
     """Z-scored betas (n_samples, n_voxels) to standardised targets (n_samples, n_targets), both float32.
 
     Table 1 of the paper, with h = hidden units a direction (100):
@@ -21,16 +23,9 @@ class GRURegressor(nn.Module):
     """
 
     INPUT = "gru1"
-    """The layer that knows the voxels; everything above it knows none."""
 
     def __init__(self, n_voxels: int, n_targets: int, hidden: int = 100, dropout: float = 0.2):
-        super().__init__()
-        for name, value in {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden}.items():
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} is {value}, must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{type(self).__name__}: dropout is {dropout}, must be in [0, 1)")
-        self.n_voxels = n_voxels
+        super().__init__(dropout, n_voxels=n_voxels, n_targets=n_targets, hidden=hidden)
         self.gru1 = nn.GRU(n_voxels, hidden, batch_first=True, bidirectional=True)
         self.norm1 = nn.LayerNorm(2 * hidden)
         self.gru2 = nn.GRU(2 * hidden, hidden, batch_first=True, bidirectional=True)
@@ -39,14 +34,6 @@ class GRURegressor(nn.Module):
         self.head = nn.Sequential(
             nn.BatchNorm1d(2 * hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * hidden, n_targets)
         )
-
-    def forward(self, betas: torch.Tensor) -> torch.Tensor:
-        if betas.ndim != 2 or betas.shape[1] != self.n_voxels:
-            raise ValueError(
-                f"betas have shape {tuple(betas.shape)}, this network wants (n_samples, {self.n_voxels}); "
-                "were they cut with another subject's voxels?"
-            )
-        return self.trunk(self.read(self.gru1, betas))
 
     @staticmethod
     def read(layer: nn.Module, betas: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nsdray.regressors.base import Regressor
 
-class MLPRegressor(nn.Module):
+
+class MLPRegressor(Regressor):
     """Z-scored betas (n_samples, n_voxels) to standardised targets (n_samples, n_targets), both float32.
 
     With h = hidden (416) and k = n_hidden_layers (2):
@@ -23,29 +25,13 @@ class MLPRegressor(nn.Module):
     """
 
     INPUT = "layers.0"
-    """The layer that knows the voxels; everything above it knows none."""
 
     def __init__(self, n_voxels: int, n_targets: int, hidden: int = 416, dropout: float = 0.2, n_hidden_layers: int = 2):
-        super().__init__()
-        sizes = {"n_voxels": n_voxels, "n_targets": n_targets, "hidden": hidden, "n_hidden_layers": n_hidden_layers}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"MLPRegressor: {name} is {value}, must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"MLPRegressor: dropout is {dropout}, must be in [0, 1)")
-        self.n_voxels = n_voxels
+        super().__init__(dropout, n_voxels=n_voxels, n_targets=n_targets, hidden=hidden, n_hidden_layers=n_hidden_layers)
         self.layers = nn.Sequential()
         for n_inputs in [n_voxels] + [hidden] * (n_hidden_layers - 1):
             self.layers.extend([nn.Linear(n_inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Dropout(dropout)])
         self.layers.append(nn.Linear(hidden, n_targets))
-
-    def forward(self, betas: torch.Tensor) -> torch.Tensor:
-        if betas.ndim != 2 or betas.shape[1] != self.n_voxels:
-            raise ValueError(
-                f"betas have shape {tuple(betas.shape)}, this network wants (n_samples, {self.n_voxels}); "
-                "were they cut with another subject's voxels?"
-            )
-        return self.trunk(self.read(self.layers[0], betas))
 
     @staticmethod
     def read(layer: nn.Module, betas: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-N_ROWS_BATCH = 512
+N_VALUES_BATCH = 2**22
+"""Values that `Moments` works on at a time, in three float64 copies (100 MB)."""
 
 
 class Moments:
@@ -31,11 +32,12 @@ class Moments:
         batch = np.asarray(batch)
         if batch.ndim != 2 or (self.n_samples and batch.shape[1:] != self._mean.shape):
             raise ValueError(f"moments: batch has shape {batch.shape}, expected (n, {self._mean.size or 'n_columns'})")
-        if len(batch):
-            first = batch[0].astype(np.float64)
-            shifted = batch - first  # a constant column is exactly zero from here on
+        n_rows = max(1, N_VALUES_BATCH // max(1, batch.shape[1]))
+        for part in (batch[start : start + n_rows] for start in range(0, len(batch), n_rows)):
+            first = part[0].astype(np.float64)
+            shifted = part - first  # a constant column is exactly zero from here on
             mean = shifted.mean(0)
-            self._combine(len(batch), first + mean, ((shifted - mean) ** 2).sum(0))
+            self._combine(len(part), first + mean, ((shifted - mean) ** 2).sum(0))
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -71,12 +73,11 @@ class Moments:
 def moments(x: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (ddof 1) over the rows of x (n_samples, n_columns), each (n_columns,) float32.
 
-    x may be an iterable of such arrays. Accumulated in float64, N_ROWS_BATCH rows at a time.
+    x may be an iterable of such arrays. Accumulated in float64, N_VALUES_BATCH values at a time.
     """
     running = Moments()
     for part in [x] if hasattr(x, "ndim") else x:
-        for start in range(0, len(part), N_ROWS_BATCH):
-            running.add(part[start : start + N_ROWS_BATCH])
+        running.add(part)
     return running.mean, running.std
 
 

@@ -1,9 +1,12 @@
 """Moments, z-score and rescaling against NumPy in float64."""
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from nsdray.regressors import scaling
 from nsdray.regressors.scaling import Moments, moments, rescale, zscore
 
 
@@ -20,6 +23,19 @@ def test_moments_against_numpy(x):
     np.testing.assert_allclose(mean, x.mean(0, dtype=np.float64), rtol=2e-7, atol=1e-7)
     np.testing.assert_allclose(std, x.astype(np.float64).std(0, ddof=1), rtol=2e-7, atol=1e-12)
     assert (std[4:] == 0).all()
+
+
+def test_memory_of_a_large_batch(x, monkeypatch):
+    """Seven values at a time make single rows of six columns; then 1300 rows at once, in three float64 copies."""
+    whole = moments(x)
+    monkeypatch.setattr(scaling, "N_VALUES_BATCH", 7)
+    np.testing.assert_allclose(moments(x), whole, rtol=2e-7, atol=1e-7)
+    monkeypatch.setattr(scaling, "N_VALUES_BATCH", 6 * 100)
+    tracemalloc.start()
+    moments(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 8 * 6 * 100  # not of 1300 rows
 
 
 def test_dead_float64_column_has_no_spread():
