@@ -12,9 +12,8 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import run
-from nsdray.cluster.autoscale import enough_gpus
 from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
-from nsdray.cluster.preflight import require_cluster, require_inputs, require_room
+from nsdray.cluster.preflight import checked, require_inputs
 from nsdray.cluster.report import report_file, write_report
 from nsdray.cluster.ridge_report import ridge_scores
 from nsdray.cluster.scores import mean_scores, summary
@@ -34,11 +33,8 @@ def train_all_subjects(plan: Plan) -> None:
     if not (any(map(untracked, everything)) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
-    require_room(plan)
     forget_lost_runs(plan)
-    run.start_ray(plan)
-    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
-        require_cluster(plan)
+    with checked(plan), tracking(plan) as tracker:
         for each in everything:
             start_runs(each, tracker)
             run.prepare_betas(each)
@@ -72,13 +68,13 @@ def tracking(plan: Plan) -> Iterator[Any]:
 
 def judge(plan: Plan) -> None:
     """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
-    require_inputs(plan, ("stimuli", "metrics"))
+    needs = ("stimuli", "metrics")
+    require_inputs(plan, needs)
     if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
     forget_lost_runs(plan)
-    run.start_ray(plan)
-    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
+    with checked(plan, needs), tracking(plan) as tracker:
         start_runs(plan, tracker)
         run.import_images(plan)
         run.embed_test_sets(plan)
@@ -95,9 +91,7 @@ def noise_sensitivity(plan: Plan) -> str:
     train_all_subjects(plan)
     stage, wanted = noise_stage(plan)
     if noise_curves(plan) is None or stage.missing(plan.report_partition, wanted):
-        run.start_ray(plan)
-        with enough_gpus(plan.config.cluster):
-            require_cluster(plan)
+        with checked(plan):
             make_noise_levels(plan)
         report_again(plan)
         stage.claim()

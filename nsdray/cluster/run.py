@@ -32,19 +32,22 @@ Partition = tuple[Stage, str, dict[str, Inputs]]
 ALL = slice(None)
 
 
-def start_ray(plan: Plan) -> None:
-    """Connect to the cluster of $RAY_ADDRESS (which a submitted job has), else start one on this machine; check the root."""
+def start_ray(plan: Plan, tracked: bool = True) -> None:
+    """Connect to the cluster of $RAY_ADDRESS (which a submitted job has), else start one on this machine; check the root.
+
+    tracked: whether the job writes to MLflow.
+    """
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="error")
-    check_shared_root(plan)
+    check_shared_root(plan, tracked)
 
 
-def check_shared_root(plan: Plan) -> None:
+def check_shared_root(plan: Plan, tracked: bool = True) -> None:
     """Refuse a root that other nodes of the cluster cannot see, before any work is lost on it."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    if "MLFLOW_TRACKING_URI" not in os.environ:
+    if tracked and "MLFLOW_TRACKING_URI" not in os.environ:
         raise ValueError(
             f"the cluster has {len(nodes)} nodes: start an MLflow server that all of them reach and set MLFLOW_TRACKING_URI"
         )

@@ -29,7 +29,7 @@ from nsdray.cluster import run
 from nsdray.cluster.actors import fitting_batch_size, memory_share, precision, vdvae_bytes
 from nsdray.cluster.data import SharedArrays, Source, TrainingArrays, share_arrays
 from nsdray.cluster.metrics import record
-from nsdray.cluster.preflight import require_inputs
+from nsdray.cluster.preflight import checked
 from nsdray.cluster.train import validation_images
 from nsdray.config import Config
 from nsdray.generators.stage1 import decode_pictures, enlarge
@@ -443,7 +443,6 @@ def trial_row(config: Config, result: Any) -> dict[str, Any]:
 
 def prepare_search(plan: Plan) -> None:
     """Betas and latents, as for any run."""
-    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
-    run.start_ray(plan)
-    run.prepare_betas(plan)
-    run.extract_targets(plan)
+    with checked(plan, ("betas", "stimuli", "captions", "checkpoints")):
+        run.prepare_betas(plan)
+        run.extract_targets(plan)
