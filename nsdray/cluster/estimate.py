@@ -98,6 +98,11 @@ def _model_sizes(plan: Plan) -> list[Size]:
             memory = max(memory, needed)
         sizes += [Size(f"models/{plan.label(fit)}", disk, memory),
                   Size(f"predictions/{plan.label(fit)}", predictions, 3 * FLOAT * n_test * n_targets)]  # fmt: skip
+    for fit in [Fit("mean", kind) for kind in plan.kinds] if "mean" in plan.sources else []:
+        n_targets = sum(math.prod(shape) for shape in plan.shapes(fit.kind))
+        own = {s.folder: FLOAT * len(s.image_ids("test")) * n_targets for s in plan.subjects}
+        disk = sum(n - _present_if_known(lambda fit=fit: plan.predictions(fit), folder) for folder, n in own.items())
+        sizes.append(Size(f"predictions/{plan.label(fit)}", disk, 3 * max(own.values())))
     return sizes
 
 

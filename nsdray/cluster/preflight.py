@@ -34,6 +34,8 @@ NEEDS = ("betas", "stimuli", "captions", "checkpoints", "metrics")
 """What a job may need; betas are the subjects' sessions, regions and design, metrics the weights of the suites' networks."""
 STAGES = {"betas": ("betas", "samples"), "checkpoints": ("targets",), "metrics": ("",)}
 """What is made of it: beginnings of stages' names. A job that needs metrics makes everything."""
+FRAMING = 1.05
+"""Files against the values in them: Parquet's and safetensors' headers, and small files."""
 GPU_WAIT_S = 60.0
 """Seconds to wait for a GPU to look at: all may be in use."""
 
@@ -190,7 +192,7 @@ def sizes_of(plan: Plan, needs: Sequence[str] = NEEDS) -> list[Size]:
 
 def disk_finding(plan: Plan, needs: Sequence[str] = NEEDS) -> Finding:
     """Room against the estimates. Asks for files that `input_findings` has found whole."""
-    needed = sum(max(0, size.disk) for size in sizes_of(plan, needs))
+    needed = FRAMING * sum(max(0, size.disk) for size in sizes_of(plan, needs))
     text = f"{size_text(needed)} to be written below {plan.store.root} at most"
     if not plan.store.is_local:
         return Finding("disk", text)
