@@ -16,6 +16,8 @@ test: install    ## all tests
 lint: install    ## style
 	$(BIN)/ruff check .
 
+# Ray listens on loopback only.
+bench: export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER = 0
 bench: install   ## benchmarks: every figure is a ratio measured side by side
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/training.py

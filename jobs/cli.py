@@ -58,3 +58,19 @@ def main(run) -> None:
             raise
         cause = getattr(error, "cause", None) or error  # what went wrong inside a Ray task
         sys.exit(f"error: {redacted(str(cause))}\n(NSDRAY_TRACEBACK=1 shows where)")
+    except Exception as error:
+        if os.environ.get("NSDRAY_TRACEBACK") or not is_loss(error):
+            raise
+        reason = " ".join(str(getattr(error, "cause", None) or error).split())[:500]
+        sys.exit(f"error: the cluster lost a process, a node or memory ({type(error).__name__}: {redacted(reason)}).\n"
+                 "Finished shards are kept: start again, and it goes on from them. If this comes back, take machines with more "
+                 "memory, or fewer --cluster.n-replicas.\n(NSDRAY_TRACEBACK=1 shows all)")  # fmt: skip
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether Ray lost something: a process, a node, memory. An actor whose code fails is none of these."""
+    from ray import exceptions as known  # takes a second, which help need not wait
+
+    losses = (known.RayActorError, known.WorkerCrashedError, known.NodeDiedError, known.LocalRayletDiedError,
+              known.ObjectLostError, known.ObjectStoreFullError, known.OutOfMemoryError, known.OutOfDiskError)  # fmt: skip
+    return isinstance(error, losses) and not getattr(error, "actor_init_failed", False)

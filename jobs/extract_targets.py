@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.preflight import require_inputs
-from nsdray.cluster.run import anything_missing, extract_targets, start_ray, targets_partitions
+from nsdray.cluster.preflight import checked, require_inputs
+from nsdray.cluster.run import anything_missing, extract_targets, targets_partitions
+
+NEEDS = ("betas", "stimuli", "captions", "checkpoints")
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
+    require_inputs(plan, NEEDS)
     if any(anything_missing(targets_partitions(plan, kind)) for kind in plan.kinds):
-        start_ray(plan)
-        extract_targets(plan)
+        with checked(plan, NEEDS, tracked=False):
+            extract_targets(plan)
     else:
         print("Everything is up to date.")
     print(f"VDVAE: {plan.vdvae_checkpoint} (SHA-256 {plan.vdvae_sha256})")

@@ -8,14 +8,15 @@ Exit status 0 if all is well, 1 if not. A running cluster ($RAY_ADDRESS) is aske
 """
 from __future__ import annotations
 
+import contextlib
 import sys
 
 from cli import main, plan_from_command_line
 
 from nsdray.cluster.autoscale import enough_gpus
 from nsdray.cluster.measure import time_findings
-from nsdray.cluster.preflight import Finding, ask, cluster_findings, gpu_findings, input_findings, room_findings, size_table
-from nsdray.cluster.run import start_ray
+from nsdray.cluster.preflight import Finding, ask, cluster_findings, disk_finding, input_findings, size_table
+from nsdray.cluster.run import check_shared_root, start_ray
 from nsdray.stages import Plan
 
 MEASURE = "--measure"
@@ -26,25 +27,33 @@ def run() -> None:
     sys.argv = [argument for argument in sys.argv if argument != MEASURE]
     plan = plan_from_command_line(__doc__)
     findings = input_findings(plan, thorough=True)
-    if all(finding.ok for finding in findings):
+    if all_well(findings):
         print(f"\n{size_table(plan)}\n")
-        findings += room_findings(plan)
-        connected = ask("root", lambda: start(plan))
-        findings.append(connected)
-        if connected.ok:
-            with enough_gpus(plan.config.cluster):
-                findings += cluster_findings(plan)
-                findings += gpu_findings(plan) if all(finding.ok for finding in findings) else []
-                findings += time_findings(plan) if measure and all(finding.ok for finding in findings) else []
+        findings.append(disk_finding(plan))
+        with contextlib.ExitStack() as until_the_end:
+            findings += findings_of_the_cluster(plan, until_the_end)
+            findings += time_findings(plan) if measure and all_well(findings) else []
     else:
         findings.append(Finding("the rest", "is looked at once these files are there", ok=False))
     print(table(findings))
-    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+    sys.exit(0 if all_well(findings) else 1)
 
 
-def start(plan: Plan) -> str:
-    start_ray(plan)
-    return f"all nodes of the cluster see {plan.store.root}"
+def all_well(findings: list[Finding]) -> bool:
+    return all(finding.ok for finding in findings)
+
+
+def findings_of_the_cluster(plan: Plan, until_the_end: contextlib.ExitStack) -> list[Finding]:
+    """Start or find Ray, wait for GPUs, keep them until the end, and look at the cluster as it is then."""
+
+    def wait() -> str:
+        until_the_end.enter_context(enough_gpus(plan.config.cluster))
+        check_shared_root(plan)  # again: nodes may have come
+        return seen
+
+    seen = f"all nodes of the cluster see {plan.store.root}"
+    root = ask("root", lambda: start_ray(plan) or seen)
+    return [ask("root and GPUs", wait), *cluster_findings(plan)] if root.ok else [root]
 
 
 def table(findings: list[Finding]) -> str:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from cli import main, plan_from_command_line
 
-from nsdray.cluster.preflight import require_inputs
-from nsdray.cluster.run import anything_missing, betas_partitions, prepare_betas, samples_partitions, start_ray
+from nsdray.cluster.preflight import checked, require_inputs
+from nsdray.cluster.run import anything_missing, betas_partitions, prepare_betas, samples_partitions
+
+NEEDS = ("betas", "stimuli")
 
 
 def run() -> None:
     plan = plan_from_command_line(__doc__)
-    require_inputs(plan, ("betas", "stimuli"))
+    require_inputs(plan, NEEDS)
     if anything_missing(betas_partitions(plan) + samples_partitions(plan)):
-        start_ray(plan)
-        prepare_betas(plan)
+        with checked(plan, NEEDS, tracked=False):
+            prepare_betas(plan)
     else:
         print("Everything is up to date.")
     for subject in plan.subjects:

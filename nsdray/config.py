@@ -497,7 +497,8 @@ class ClusterConfig:
     cpus_per_train_worker: float = 1.0
     """CPUs reserved by a worker. Its Ray Data tasks reserve none, so that trainings cannot starve them."""
     max_retries: int = 3
-    """Times a task, a replica or a training is started again after its process died."""
+    """Times a replica or a training is started again after its process died. A replica that has used them up is replaced, once a
+    shard; other tasks are tried again as often as Ray does by itself, three times."""
 
     def __post_init__(self) -> None:
         require(self.n_train_workers >= 1, f"cluster.n_train_workers is {self.n_train_workers}, must be at least 1")

@@ -48,7 +48,7 @@ def resolve_root(root: str | None) -> str:
 def redacted(text: str) -> str:
     """Text in which the credentials of addresses are replaced by ***: what may be printed and logged."""
     text = re.sub(r"://[^\s?#@/]*:[^\s?#]*@|://[^\s?#@/]+@", "://***@", text)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|credential|signature)[^=&\s]*=)[^&\s]+", r"\1***", text)
+    return re.sub(r"(?i)([?&](?:sig|[^=&\s]*(?:key|secret|token|password|credential|signature)[^=&\s]*)=)[^&\s]+", r"\1***", text)
 
 
 def subject_folder(subject: int) -> str:
@@ -187,6 +187,11 @@ class Store:
             raise
 
 
+def is_unreadable_now(error: BaseException) -> bool:
+    """Whether a disk, a network or a server is in trouble. What Parquet finds wrong in a file has neither number nor server."""
+    return isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))
+
+
 def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
@@ -288,6 +293,9 @@ class Stage:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} is not there. Run the job again; it makes what is missing.") from error
         except (pa.ArrowInvalid, OSError) as error:
+            if is_unreadable_now(error):
+                raise OSError(f"{path} cannot be read now ({error}). See to the disk or the network and start again; "
+                              "nothing that is finished is lost.") from error  # fmt: skip
             raise ValueError(f"{path} is damaged ({error}). Delete it and run the job again; only it is made anew.") from error
 
     def _inputs(self, partition: str, shard: str) -> Inputs | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from nsdray.nsd.layout import NSDLayout
 from nsdray.nsd.simulate import simulate_nsd
 from nsdray.nsd.stimuli import Stimuli
 from nsdray.nsd.timeseries import nsd_sessions
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before Ray is imported: it listens on loopback only
 
 
 def write_bids(folder: Path, layout: NSDLayout, subjects: Sequence[int]) -> Path:

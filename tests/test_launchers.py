@@ -4,7 +4,9 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import jsonschema
@@ -48,6 +50,32 @@ def test_token_and_loopback(config):
     mlflow = next(command for command in config["head_start_ray_commands"] if "mlflow server" in command)
     assert "--host 127.0.0.1" in mlflow and "MLFLOW_TRACKING_URI=http://127.0.0.1:5000" in starts[0]
     assert re.search(r"NSDRAY_ROOT=s3://\S+", starts[0])
+
+
+def test_nodes_that_come_back_mount_the_file_system(config):
+    """The launcher leaves out setup_commands for a stopped machine that it starts again."""
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        mount, start = (next(i for i, c in enumerate(config[key]) if what in c) for what in ("mount -t nfs4", "ray start"))
+        assert mount < start
+    assert not any("/data" in command for command in config["setup_commands"])
+
+
+def test_mlflow_is_started_once(config, tmp_path):
+    """As the launcher runs a command: in a login shell, whose own command line has the words of what it starts."""
+    command = next(c for c in config["head_start_ray_commands"] if "mlflow server" in c)
+    executable(tmp_path, "mlflow", f'echo "$@" >> {tmp_path}/started')
+    executable(tmp_path, "curl", f'echo "$@" >> {tmp_path}/asked; [ -e {tmp_path}/started ]')
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    path = f"export PATH={tmp_path}:$PATH; "  # a login shell sets its own
+    for _ in range(2):
+        launched = ["bash", "-c", f"bash --login -c {shlex.quote(f'true && {path}({command})')}"]
+        subprocess.run(launched, env=environment, check=True, timeout=60)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    (started,) = (tmp_path / "started").read_text().splitlines()
+    assert started.startswith("server --host 127.0.0.1 --port 5000")
+    assert "http://127.0.0.1:5000/health" in (tmp_path / "asked").read_text()
 
 
 def test_every_command_is_shell_and_every_mount_is_here(config):

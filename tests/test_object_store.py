@@ -114,6 +114,8 @@ def test_an_address_that_is_none_is_told_without_its_secrets():
         ("https://user:pass@host:5000/a and https://token@host/b", "https://***@host:5000/a and https://***@host/b"),
         ("gs://lab/x?access_token=abc&retry=1", "gs://lab/x?access_token=***&retry=1"),
         ("https://lab.org/x?X-Amz-Signature=12ab&X-Amz-Credential=k", "https://lab.org/x?X-Amz-Signature=***&X-Amz-Credential=***"),
+        ("https://x.blob.core.windows.net/c?sv=2024&sig=a%2Fb%3D&sp=r", "https://x.blob.core.windows.net/c?sv=2024&sig=***&sp=r"),
+        ("https://lab.org/x?design=2&sigma=1", "https://lab.org/x?design=2&sigma=1"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("/data/nsd (0.35, 'a@b') http://127.0.0.1:5000", "/data/nsd (0.35, 'a@b') http://127.0.0.1:5000"),
     ],

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from nsdray.cluster.estimate import feature_values, replica_weights, stage_sizes
 from nsdray.cluster.preflight import (
+    FRAMING,
+    checked,
+    disk_finding,
     input_findings,
+    replica_finding,
     require,
     require_inputs,
-    require_room,
     resource_findings,
-    room_findings,
     size_text,
+    sizes_of,
 )
 from nsdray.config import ClusterConfig, Config, DataConfig, SimulationConfig, StoreConfig, TargetsConfig
 from nsdray.mini import VERSATILE_DIFFUSION, weights_path
@@ -130,13 +133,41 @@ def test_metrics_without_weights(config, tmp_path):
 
 def test_a_small_disk(config, monkeypatch):
     plan = Plan(config)
-    needed = sum(max(0, size.disk) for size in stage_sizes(plan))
+    needed = int(FRAMING * sum(max(0, size.disk) for size in stage_sizes(plan)))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed + 1))
-    assert wrong(room_findings(plan)) == {}
+    assert disk_finding(plan).ok
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
     with pytest.raises(ValueError, match=r"disk: .* to be written below .* free: free some, or choose another --store.root"):
-        require_room(plan)
+        with checked(plan):
+            raise AssertionError("there was room")
+    assert disk_finding(plan, ("betas", "stimuli")).ok  # a job that makes less needs less
+
+
+def test_a_checkpoint_of_another_model_stops_a_job_before_ray_is_started(config, tmp_path):
+    state = load_file(weights_path("vdvae"))
+    save_file({key: value for key, value in list(state.items())[1:]}, tmp_path / "vdvae.safetensors")
+    plan = Plan(replace(config, targets=replace(config.targets, checkpoint=str(tmp_path / "vdvae.safetensors"))))
+    require_inputs(plan)  # quick, so it does not look at keys
+    with pytest.raises(ValueError, match="does not fit this VDVAE"):
+        with checked(plan):
+            raise AssertionError("the job began")
+
+
+def test_other_seeds_need_room_as_well(config):
+    one, three = (Plan(replace(config, evaluation=replace(config.evaluation, seeds=seeds))) for seeds in ((), (1, 2)))
+    sizes = {size.stage: size.disk for size in stage_sizes(three)}
+    assert sizes["models/gru-3, seed 1"] == sizes["models/gru-3, seed 2"] == sizes["models/gru-3"] > 0
+    assert sum(sizes.values()) > sum(size.disk for size in stage_sizes(one))
+
+
+def test_what_a_job_makes_follows_from_what_it_needs(config):
+    plan = Plan(config)
+    made = {needs: [size.stage for size in sizes_of(plan, needs)] for needs in
+            (("betas", "stimuli"), ("betas", "stimuli", "captions", "checkpoints"), ("stimuli", "metrics"))}  # fmt: skip
+    targets = ["targets/vdvae", "targets/clip_vision", "targets/clip_text"]
+    assert list(made.values()) == [["betas", "samples"], ["betas", "samples", *targets], []]
+    assert sizes_of(plan) == stage_sizes(plan)
 
 
 def test_sizes_are_those_of_the_data_sets(config):
@@ -149,7 +180,7 @@ def test_sizes_are_those_of_the_data_sets(config):
     n_latents = 16 * (1 + 1 + 16)  # layers at 1, 1 and 4
     assert sizes["targets/vdvae"].disk == (96 + 96 + 12) * n_latents * 2  # test images once
     assert sizes["targets/clip_vision"].disk == (96 + 96 + 12) * 65 * 64 * 2
-    assert sizes["predictions/ridge-3"].disk == 2 * 12 * n_latents * 4
+    assert sizes["predictions/ridge-3"].disk == sizes["predictions/mean-3"].disk == 2 * 12 * n_latents * 4
     before = sizes["betas"].disk
     plan.betas.write(plan.subjects[0].folder, "session=01.parquet", table({"x": [1, 2]}), {})
     there = plan.store.sizes(f"{plan.betas.folder}/{plan.subjects[0].folder}")["session=01.parquet"]
@@ -198,7 +229,18 @@ def test_a_cluster_that_will_do(config):
     assert wrong(findings) == {}
     assert [f.found for f in findings[:2]] == ["2 nodes, 16 CPUs, 4 GPUs", "4, each with 1 CPU, 1 GPU"]
     small = {"NodeManagerHostname": "b", "Resources": {"CPU": 16.0, "GPU": 4.0, "memory": 1e6}}
-    assert "it would wait for ever" in wrong(resource_findings(plan, TOTAL, [small]))["memory of a node"]
+    assert "take one with more" in wrong(resource_findings(plan, TOTAL, [small]))["memory of a node"]
+
+
+def test_memory_of_a_node_is_shared_by_its_replicas(config):
+    """On CPUs: the largest node's memory, whatever the head has, over the replicas that may come to lie there."""
+    plan, most = Plan(replace(config, cluster=ClusterConfig(n_replicas=6))), max(replica_weights(Plan(config)).values())
+    head = {"Resources": {"memory": 1e6}}
+    for n, ok in ((4, False), (2, True)):  # of the six, so many fit a node
+        node = {"Resources": {"CPU": float(n), "memory": 2 * 3 * most}}
+        finding = replica_finding(plan, {"CPU": 8.0}, [head, node])
+        assert finding.ok == ok and f"its share of a node with {n}: " in finding.found
+    assert "Fewer --cluster.n-replicas" in replica_finding(plan, {"CPU": 8.0}, [head]).found
 
 
 def test_the_paper_s_recipe_lists_its_checkpoints(config, monkeypatch, tmp_path):

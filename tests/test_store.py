@@ -99,6 +99,24 @@ def test_damaged_shard_is_named(stage):
         stage.read("p", "z.parquet")
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), OSError("AWS Error NETWORK_CONNECTION during GetObject operation")]
+)
+def test_a_disk_or_network_in_trouble_damages_nothing(stage, monkeypatch, error):
+    """A finished shard must not be made again, nor its deletion advised, because it cannot be read for a while."""
+    stage.write("p", "a.parquet", table({"x": np.arange(3)}), {})
+
+    def trouble(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "ParquetFile", trouble)
+        for look in (lambda: stage.missing("p", {"a.parquet": {}}), lambda: stage.read("p", "a.parquet")):
+            with pytest.raises(OSError, match=r"a\.parquet cannot be read now .* nothing that is finished is lost"):
+                look()
+    assert stage.missing("p", {"a.parquet": {}}) == []
+
+
 def test_failed_write_leaves_nothing(stage, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
 from tqdm import tqdm
 
 from nsdray.cluster.metrics import record, subject_label
@@ -230,7 +230,11 @@ def read_rows(rows: Rows, image_ids: np.ndarray, columns: list[str] | None = Non
 
 
 def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], description: str) -> None:
-    """Do calls (method name, arguments) on a pool of replicas, in any order."""
+    """Do calls (method name, arguments) on a pool of replicas, in any order.
+
+    Ray starts a replica again cluster.max_retries times. One that dies once more makes room for a new one, which is given its
+    call: machines may be taken away at any time. A call that uses up two replicas is at fault itself.
+    """
     if not calls:
         return
     settings = plan.config.cluster
@@ -240,7 +244,7 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
     arguments = replica_arguments(plan)
     replicas = [actor.remote(*arguments) for _ in range(n_replicas)]
     idle, running, waiting = list(range(n_replicas)), {}, list(calls)
-    totals, done, unreachable = Counter(partition_of(call) for call in calls), Counter(), {}
+    totals, done, unreachable, n_used_up = Counter(partition_of(call) for call in calls), Counter(), {}, Counter()
     with tqdm(total=len(calls), desc=f"{description} ({n_replicas} replica{'s' * (n_replicas > 1)})", unit="shard") as progress:
         while waiting or running:
             while idle and waiting:
@@ -258,6 +262,14 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
                         raise
                     time.sleep(1.0)
                     running[getattr(replicas[replica], call[0]).remote(*call[1])] = replica, call, started
+                    continue
+                except (RayActorError, OutOfMemoryError):
+                    n_used_up[id(call)] += 1
+                    if n_used_up[id(call)] == 2:
+                        raise
+                    replicas[replica] = actor.remote(*arguments)
+                    waiting.insert(0, call)
+                    idle.append(replica)
                     continue
                 unreachable.pop(replica, None)
                 idle.append(replica)

@@ -6,7 +6,7 @@ far below. What is there already is taken off.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +41,12 @@ class Size:
 
 
 def stage_sizes(plan: Plan) -> list[Size]:
-    """All stages of a plan, in order. The subjects' files must be readable."""
-    return [*_data_sizes(plan), *_model_sizes(plan), *_picture_sizes(plan)]
+    """All stages of a plan, in order, those of its other seeds last. The subjects' files must be readable."""
+    sizes = [*_data_sizes(plan), *_model_sizes(plan), *_picture_sizes(plan)]
+    for other in plan.replicates:
+        own = [*_model_sizes(other), *_picture_sizes(other)]
+        sizes += [replace(size, stage=f"{size.stage}, seed {other.config.seed}") for size in own]
+    return sizes
 
 
 def write_samples_memory(subject: SubjectPlan) -> int:
@@ -94,6 +98,11 @@ def _model_sizes(plan: Plan) -> list[Size]:
             memory = max(memory, needed)
         sizes += [Size(f"models/{plan.label(fit)}", disk, memory),
                   Size(f"predictions/{plan.label(fit)}", predictions, 3 * FLOAT * n_test * n_targets)]  # fmt: skip
+    for fit in [Fit("mean", kind) for kind in plan.kinds] if "mean" in plan.sources else []:
+        n_targets = sum(math.prod(shape) for shape in plan.shapes(fit.kind))
+        own = {s.folder: FLOAT * len(s.image_ids("test")) * n_targets for s in plan.subjects}
+        disk = sum(n - _present_if_known(lambda fit=fit: plan.predictions(fit), folder) for folder, n in own.items())
+        sizes.append(Size(f"predictions/{plan.label(fit)}", disk, 3 * max(own.values())))
     return sizes
 
 

@@ -1,4 +1,5 @@
-"""The time to expect of a plan's heavy stages, from one small batch of each on the machine that would do it."""
+"""The time to expect of a plan's heavy stages of pictures, from one small batch of each on the machine that would do it.
+Training is not among them: its bar and MLflow tell its speed after the first epoch."""
 from __future__ import annotations
 
 import time
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 import ray
 
-from nsdray.cluster.actors import Replica, pool_size, replica_arguments
+from nsdray.cluster.actors import Replica, gather, pool_size, replica_arguments
 from nsdray.cluster.preflight import Finding
+from nsdray.cluster.run import picture_partitions
 from nsdray.generators.stage1 import decode_pictures
 from nsdray.generators.stage2 import refine_pictures
 from nsdray.nsd.betas import read_session
 from nsdray.nsd.captions import load_captions
-from nsdray.stages import CLIP_CONFIGS, VDVAE_CONFIGS, Part, Plan, SubjectPlan
+from nsdray.stages import CLIP_CONFIGS, STAGE2_ONLY, VDVAE_CONFIGS, Part, Plan, SubjectPlan
 from nsdray.targets.clip_tokens import text_tokens, vision_tokens
 from nsdray.targets.vdvae_latents import vdvae_latents
 
@@ -23,7 +25,8 @@ N_IMAGES = 8
 
 
 def time_findings(plan: Plan) -> list[Finding]:
-    """Expected hours of a plan that has nothing finished yet, stage by stage; those that are not listed take far less."""
+    """Expected hours of a plan that has nothing finished yet, stage by stage. Training is not measured; those that are not
+    listed take far less."""
     resources = ray.cluster_resources()
     n_replicas, own = pool_size(plan.config.cluster, resources, n_calls=10**6)
     subject = plan.subjects[0]
@@ -31,13 +34,19 @@ def time_findings(plan: Plan) -> list[Finding]:
     replica = ray.remote(**own)(seconds_per_image).remote(plan, [int(i) for i in subject.image_ids("test")[:N_IMAGES]])
     n_sessions = sum(len(s.sessions) for s in plan.subjects)
     n_targets = sum({s.targets(split): len(s.image_ids(split)) for s in plan.subjects for split in ("train", "test")}.values())
-    n_decoded = sum(len(s.image_ids("test")) for s in plan.subjects) * (len(plan.sources) + 1)
+    n_pictures = {f"stage {name[-1]}": n_made(plan, name) for name in plan.picture_stages}
     n_readers = min(n_sessions, max(1, int(resources.get("CPU", 1))))
-    found = [finding("read betas", n_sessions, "sessions", ray.get(reading), n_readers, "tasks")]
-    for name, seconds in ray.get(replica).items():
-        n = n_decoded if name.startswith("stage") else n_targets
-        found.append(finding(name, n, "images", seconds, n_replicas, "replicas"))
-    return found
+    to_read, per_image = gather([reading, replica], "measure", "stage")
+    found = [finding("read betas", n_sessions, "sessions", to_read, n_readers, "tasks")]
+    for name, seconds in per_image.items():
+        found.append(finding(name, n_pictures.get(name, n_targets), "images", seconds, n_replicas, "replicas"))
+    return [*found, Finding("time: training", "not measured: see its bar and samples_per_s in MLflow after the first epoch")]
+
+
+def n_made(plan: Plan, name: str) -> int:
+    """Pictures "stage1" or "stage2" that are made from latents or tokens; those of other controls take far less."""
+    made = [subject for subject, model, _ in picture_partitions(plan, name) if model not in STAGE2_ONLY]
+    return sum(len(subject.image_ids("test")) for subject in made)
 
 
 def finding(name: str, n: int, unit: str, seconds: float, n_workers: int, workers: str) -> Finding:
@@ -67,19 +76,21 @@ def seconds_per_image(plan: Plan, image_ids: list[int]) -> dict[str, float]:
     seen, seconds = replica._seen(Part("", ids)), {}
     shapes = VDVAE_CONFIGS[config.targets.vdvae]().layer_shapes[: config.n_layers]
     latents = [np.zeros((n, *shape), np.float32) for shape in shapes]
-    work: dict[str, Callable[[], Any]] = {
-        "VDVAE latents": lambda: vdvae_latents(replica.vdvae, seen, ids, config.targets.n_layers, config.targets.latents,
-                                               config.targets.seed, n),
-        "stage 1": lambda: decode_pictures(replica.vdvae, latents, ids, batch_size=n),
+    vdvae, clip = config.targets.dtype, config.clip.dtype
+    work: dict[str, tuple[str, Callable[[], Any]]] = {
+        "VDVAE latents": (vdvae, lambda: vdvae_latents(replica.vdvae, seen, ids, config.targets.n_layers, config.targets.latents,
+                                                       config.targets.seed, n)),
+        "stage 1": (vdvae, lambda: decode_pictures(replica.vdvae, latents, ids, batch_size=n)),
     }  # fmt: skip
     if "clip_vision" in plan.kinds:
-        work["CLIP vision tokens"] = lambda: vision_tokens(replica.clip, seen, n)
+        work["CLIP vision tokens"] = clip, lambda: vision_tokens(replica.clip, seen, n)
     if "clip_text" in plan.kinds:
         captions = load_captions(plan.layout, image_ids)
-        work["CLIP text tokens"] = lambda: text_tokens(replica.clip, captions, config.clip.batch_size)
-    for name, call in work.items():
-        call()
-        seconds[name] = timed(call) / n
+        work["CLIP text tokens"] = clip, lambda: text_tokens(replica.clip, captions, config.clip.batch_size)
+    for name, (dtype, call) in work.items():
+        with replica.precision(dtype):
+            call()
+            seconds[name] = timed(call) / n
     if plan.has_stage2:
         seconds["stage 2"] = seconds_of_stage2(replica, plan, ids)
     return seconds

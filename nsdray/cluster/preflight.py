@@ -1,22 +1,25 @@
 """Before hours of work: is every file there and whole, is there room, and could this cluster do it at all?
 
 Each check gives findings and raises nothing, so that all that is wrong is told at once. `jobs/preflight.py` prints them as a
-table; every long job calls `require_inputs` and `require_room` before it starts Ray and `require_cluster` after, and stops with
-all that failed.
+table; every long job does its work within `checked`, which stops with all that failed.
 """
 from __future__ import annotations
 
-import os
+import contextlib
+import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from nsdray.cluster.actors import pool_size
-from nsdray.cluster.estimate import replica_weights, stage_sizes, write_samples_memory
+from nsdray.cluster.autoscale import enough_gpus
+from nsdray.cluster.estimate import Size, replica_weights, stage_sizes
+from nsdray.cluster.run import check_shared_root, start_ray
 from nsdray.cluster.train import parallel_trainings
 from nsdray.models.backbones import check_backbone
 from nsdray.models.checkpoint import weight_shapes, weights_file
@@ -29,6 +32,12 @@ from nsdray.stages import CLIP_CONFIGS, VDVAE_CONFIGS, Plan, SubjectPlan, file_s
 
 NEEDS = ("betas", "stimuli", "captions", "checkpoints", "metrics")
 """What a job may need; betas are the subjects' sessions, regions and design, metrics the weights of the suites' networks."""
+STAGES = {"betas": ("betas", "samples"), "checkpoints": ("targets",), "metrics": ("",)}
+"""What is made of it: beginnings of stages' names. A job that needs metrics makes everything."""
+FRAMING = 1.05
+"""Files against the values in them: Parquet's and safetensors' headers, and small files."""
+GPU_WAIT_S = 60.0
+"""Seconds to wait for a GPU to look at: all may be in use."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +184,21 @@ def weights_answer(path: Path) -> str:
 # ---- room
 
 
-def room_findings(plan: Plan) -> list[Finding]:
-    """Disk and memory of this machine against the estimates. Asks for files that `input_findings` has found whole."""
-    sizes = stage_sizes(plan)
-    needed, largest = sum(max(0, size.disk) for size in sizes), max(sizes, key=lambda size: size.memory)
+def sizes_of(plan: Plan, needs: Sequence[str] = NEEDS) -> list[Size]:
+    """The estimates of what a job with these needs makes. Without betas, as for pictures made elsewhere, none."""
+    beginnings = tuple(name for need in needs for name in STAGES.get(need, ()))
+    return [size for size in stage_sizes(plan) if size.stage.startswith(beginnings)] if "betas" in needs else []
+
+
+def disk_finding(plan: Plan, needs: Sequence[str] = NEEDS) -> Finding:
+    """Room against the estimates. Asks for files that `input_findings` has found whole."""
+    needed = FRAMING * sum(max(0, size.disk) for size in sizes_of(plan, needs))
     text = f"{size_text(needed)} to be written below {plan.store.root} at most"
-    if plan.store.is_local:
-        free = shutil.disk_usage(_existing(Path(plan.store.base))).free
-        ok = free > needed
-        text += f", {size_text(free)} free" + ("" if ok else ": free some, or choose another --store.root")
-        disk = Finding("disk", text, ok)
-    else:
-        disk = Finding("disk", text)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    text = f"largest task {size_text(largest.memory)} ({largest.stage}); this machine has {size_text(memory)}"
-    ok = largest.memory < memory
-    return [disk, Finding("memory", text + ("" if ok else ": take a machine with more, or fewer --data.rois"), ok)]
+    if not plan.store.is_local:
+        return Finding("disk", text)
+    free = shutil.disk_usage(_existing(Path(plan.store.base))).free
+    ok = free > needed
+    return Finding("disk", f"{text}, {size_text(free)} free" + ("" if ok else ": free some, or choose another --store.root"), ok)
 
 
 def _existing(path: Path) -> Path:
@@ -207,35 +215,45 @@ def size_table(plan: Plan) -> str:
 # ---- the cluster
 
 
-def cluster_findings(plan: Plan) -> list[Finding]:
+def cluster_findings(plan: Plan, needs: Sequence[str] = NEEDS) -> list[Finding]:
     """Whether the cluster that this process is connected to could ever do what is asked, and whether its nodes see the files."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    return resource_findings(plan, ray.cluster_resources(), nodes) + node_findings(plan, nodes)
+    found = resource_findings(plan, ray.cluster_resources(), nodes, needs) + node_findings(plan, nodes, needs)
+    if "checkpoints" in needs and all(finding.ok for finding in found):
+        found.append(replica_finding(plan, ray.cluster_resources(), nodes))
+    return found
 
 
-def resource_findings(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> list[Finding]:
+def resource_findings(
+    plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]], needs: Sequence[str] = NEEDS
+) -> list[Finding]:
     """The cluster's resources against what is asked: what could never be scheduled would wait without a word."""
     settings = plan.config.cluster
     cpus, gpus = total.get("CPU", 0), total.get("GPU", 0)
     found = [Finding("cluster", f"{len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")]
     found.append(ask("replicas", lambda: replicas_answer(plan, total, nodes)))
-    if any(fit.regressor != "ridge" for fit in plan.fits):
+    if set(NEEDS) <= set(needs) and any(fit.regressor != "ridge" for fit in plan.fits):
         found.append(ask("training workers", lambda: workers_answer(plan, total, nodes)))
-    wanted = max(write_samples_memory(subject) for subject in plan.subjects)
-    most = max(node["Resources"].get("memory", 0) for node in nodes)
-    text = f"averaging repeats reserves {size_text(wanted)}; the largest node offers {size_text(most)}"
-    found.append(Finding("memory of a node", text + ("" if wanted <= most else ": it would wait for ever. Take a larger node"),
-                         wanted <= most))  # fmt: skip
+    if sizes := sizes_of(plan, needs):
+        largest, most = max(sizes, key=lambda size: size.memory), most_of("memory", nodes)
+        ok, text = largest.memory <= most, f"largest task {size_text(largest.memory)} ({largest.stage})"
+        text += f"; the largest node offers {size_text(most)}"
+        found.append(Finding("memory of a node", text + ("" if ok else ": take one with more, or fewer --data.rois"), ok))
     if settings.n_gpus is not None and gpus < settings.n_gpus:
         found.append(Finding("GPUs", f"cluster.n_gpus is {settings.n_gpus}, but the cluster has {gpus:g}", ok=False))
     return found
+
+
+def most_of(resource: str, nodes: list[dict[str, Any]]) -> float:
+    """What the node with the most of a resource offers; memory in bytes."""
+    return max(node["Resources"].get(resource, 0) for node in nodes)
 
 
 def replicas_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> str:
     """How many replicas there will be; ValueError if they could never start."""
     settings, share = plan.config.cluster, plan.config.cluster.gpus_per_replica
     if total.get("GPU", 0) and share > 1:
-        most = max(node["Resources"].get("GPU", 0) for node in nodes)
+        most = most_of("GPU", nodes)
         if share > most:
             raise ValueError(f"cluster.gpus_per_replica is {share:g}, but no node has more than {most:g}; it would wait for ever")
     n, resources = pool_size(settings, total, n_calls=10**6)
@@ -249,20 +267,22 @@ def replicas_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, A
 def workers_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> str:
     """How many networks train at a time; ValueError if not one could."""
     settings, n = plan.config.cluster, parallel_trainings(plan.config.cluster, total)
-    most = max(node["Resources"].get("CPU", 0) for node in nodes)
+    most = most_of("CPU", nodes)
     if settings.cpus_per_train_worker > most:
         wanted = f"cluster.cpus_per_train_worker is {settings.cpus_per_train_worker:g}"
         raise ValueError(f"{wanted}, but no node has more than {most:g}; it would wait for ever")
     return f"{n} networks at a time, each with {settings.n_train_workers} workers"
 
 
-def node_findings(plan: Plan, nodes: list[dict[str, Any]]) -> list[Finding]:
+def node_findings(plan: Plan, nodes: list[dict[str, Any]], needs: Sequence[str] = NEEDS) -> list[Finding]:
     """Whether every node sees raw NSD and the checkpoints under the same paths."""
     if len(nodes) < 2:
         return []
-    paths = [plan.layout.root, plan.vdvae_checkpoint, *plan.backbone_files.values()]
-    if plan.has_stage2:
-        paths += [plan.clip_checkpoint, plan.diffusion_folder]
+    paths = [plan.layout.root]
+    if "metrics" in needs:
+        paths += plan.backbone_files.values()
+    if "checkpoints" in needs:
+        paths += [plan.vdvae_checkpoint, *([plan.clip_checkpoint, plan.diffusion_folder] if plan.has_stage2 else [])]
     look = ray.remote(num_cpus=0)(_absent)
     place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     answers = ray.get([look.options(scheduling_strategy=place(n["NodeID"], soft=False)).remote(paths) for n in nodes])
@@ -276,18 +296,33 @@ def _absent(paths: Iterable[Path]) -> list[str]:
     return [str(path) for path in paths if not path.exists()]
 
 
-def gpu_findings(plan: Plan) -> list[Finding]:
-    """Memory of a GPU against the weights of a replica; asks a task on a GPU node."""
-    share = min(1.0, plan.config.cluster.gpus_per_replica)
-    weights = replica_weights(plan)
+def replica_finding(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> Finding:
+    """Memory against the weights of replicas: a replica's share of a GPU, which a task on a GPU node tells; without GPUs, a
+    node's memory against all the replicas that may come to lie on it."""
+    weights, settings = replica_weights(plan), plan.config.cluster
     name, most = max(weights.items(), key=lambda item: item[1])
     text = f"a replica's weights: {', '.join(f'{size_text(n)} {what}' for what, n in weights.items())}"
-    if not ray.cluster_resources().get("GPU", 0):
-        return [Finding("replica", f"{text}; no GPUs")]
-    memory = ray.get(ray.remote(num_gpus=share)(_gpu_memory).remote()) * share
+    if total.get("GPU", 0):
+        share = min(1.0, settings.gpus_per_replica)
+        memory, where, remedy = share * gpu_memory(share), "its share of a GPU", "Raise --cluster.gpus-per-replica"
+    else:
+        n = min(pool_size(settings, total, n_calls=10**6)[0], max(1, math.floor(most_of("CPU", nodes))))
+        memory = most_of("memory", nodes) / n
+        where, remedy = f"its share of a node with {n}", "Fewer --cluster.n-replicas, or a node with more memory"
+    if math.isnan(memory):
+        return Finding("replica", f"{text}; no GPU was free to be looked at within {GPU_WAIT_S:g} s: the job would wait for one")
     ok = 2 * most < memory  # half for pictures in work
-    text += f"; its share of a GPU: {size_text(memory)}"
-    return [Finding("replica", text + ("" if ok else f": too little for {name}. Raise --cluster.gpus-per-replica"), ok)]
+    return Finding("replica", f"{text}; {where}: {size_text(memory)}" + ("" if ok else f": too little for {name}. {remedy}"), ok)
+
+
+def gpu_memory(share: float) -> float:
+    """Bytes of a whole GPU of the cluster; NaN if a share of none became free."""
+    answer = ray.remote(num_gpus=share, max_retries=0)(_gpu_memory).remote()
+    try:
+        return ray.get(answer, timeout=GPU_WAIT_S)
+    except GetTimeoutError:
+        ray.cancel(answer)
+        return math.nan
 
 
 def _gpu_memory() -> int:
@@ -312,13 +347,21 @@ def require_inputs(plan: Plan, needs: Sequence[str] = NEEDS) -> None:
     require(input_findings(plan, needs))
 
 
-def require_room(plan: Plan) -> None:
-    """Stop if results would not fit; else tell in one line."""
-    findings = room_findings(plan)
-    require(findings)
-    print(f"checked: files are whole; {'; '.join(finding.found for finding in findings)}")
+@contextlib.contextmanager
+def checked(plan: Plan, needs: Sequence[str] = NEEDS, tracked: bool = True) -> Iterator[None]:
+    """A cluster that can do the plan, for the time of a job: files, keys of weights and room are checked before Ray is started,
+    then GPUs are waited for, then the cluster as it is now is checked. tracked: whether the job writes to MLflow.
 
-
-def require_cluster(plan: Plan) -> None:
-    """Stop if this cluster could never do the plan."""
-    require(cluster_findings(plan))
+    ValueError with all that is wrong; else what was found is told in one line.
+    """
+    require(input_findings(plan, needs, thorough=True))
+    disk = disk_finding(plan, needs)
+    require([disk])
+    start_ray(plan, tracked)
+    with enough_gpus(plan.config.cluster):
+        check_shared_root(plan, tracked)  # again: nodes may have come
+        findings = cluster_findings(plan, needs)
+        require(findings)
+        told = [finding.found for finding in (disk, *findings) if finding.what in ("disk", "cluster", "memory of a node")]
+        print(f"checked: files are whole; {'; '.join(told)}")
+        yield

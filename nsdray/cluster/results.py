@@ -12,9 +12,8 @@ import ray
 from tqdm import tqdm
 
 from nsdray.cluster import run
-from nsdray.cluster.autoscale import enough_gpus
 from nsdray.cluster.noise import is_possible, make_noise_levels, noise_curves, noise_table
-from nsdray.cluster.preflight import require_cluster, require_inputs, require_room
+from nsdray.cluster.preflight import checked, require_inputs
 from nsdray.cluster.report import report_file, write_report
 from nsdray.cluster.ridge_report import ridge_scores
 from nsdray.cluster.scores import mean_scores, summary
@@ -34,11 +33,8 @@ def train_all_subjects(plan: Plan) -> None:
     if not (any(map(untracked, everything)) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
-    require_room(plan)
     forget_lost_runs(plan)
-    run.start_ray(plan)
-    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
-        require_cluster(plan)
+    with checked(plan), tracking(plan) as tracker:
         for each in everything:
             start_runs(each, tracker)
             make_pictures(each, tracker)
@@ -62,7 +58,8 @@ def make_pictures(plan: Plan, tracker: Any) -> None:
 def reconstruct_all_subjects(plan: Plan) -> None:
     """Bring the pictures of the test sets up to date, and no more: nothing is scored or logged, so the weights of the metrics'
     networks need not be there. `train_all_subjects` does the rest, learning curves included."""
-    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
+    needs = ("betas", "stimuli", "captions", "checkpoints")
+    require_inputs(plan, needs)
     unscored = dataclasses.replace(plan.config, evaluation=dataclasses.replace(plan.config.evaluation, skip_missing=True))
     plan = Plan(unscored)  # its pictures are the same ones
     everything = (*plan.replicates, plan)
@@ -70,10 +67,7 @@ def reconstruct_all_subjects(plan: Plan) -> None:
     if not run.anything_missing([found for stage in stages for _, _, found in run.picture_partitions(*stage)]):
         print("Everything is up to date.")
         return
-    require_room(plan)
-    run.start_ray(plan)
-    with enough_gpus(plan.config.cluster):
-        require_cluster(plan)
+    with checked(plan, needs, tracked=False):
         for each in everything:
             make_pictures(each, tracker=None)
 
@@ -96,13 +90,13 @@ def tracking(plan: Plan) -> Iterator[Any]:
 
 def judge(plan: Plan) -> None:
     """Score reconstructions made elsewhere: nothing of nsdray's own is made or needed."""
-    require_inputs(plan, ("stimuli", "metrics"))
+    needs = ("stimuli", "metrics")
+    require_inputs(plan, needs)
     if not (untracked(plan) or plan.report.missing(plan.report_partition, plan.report_wanted)):
         print("Everything is up to date.")
         return
     forget_lost_runs(plan)
-    run.start_ray(plan)
-    with enough_gpus(plan.config.cluster), tracking(plan) as tracker:
+    with checked(plan, needs), tracking(plan) as tracker:
         start_runs(plan, tracker)
         run.import_images(plan)
         run.embed_test_sets(plan)
@@ -119,9 +113,7 @@ def noise_sensitivity(plan: Plan) -> str:
     train_all_subjects(plan)
     stage, wanted = noise_stage(plan)
     if noise_curves(plan) is None or stage.missing(plan.report_partition, wanted):
-        run.start_ray(plan)
-        with enough_gpus(plan.config.cluster):
-            require_cluster(plan)
+        with checked(plan):
             make_noise_levels(plan)
         report_again(plan)
         stage.claim()

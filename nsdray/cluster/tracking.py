@@ -35,6 +35,8 @@ RETRY_S = 2.0
 """Seconds between attempts to write to a server that is away."""
 WAIT_S = 600.0
 """Seconds without a write that a job with nothing left to compute waits for the server."""
+MOST_TRIES = 30
+"""Attempts at a write that a server answers by an error of its own (500): it may pass, or be the fault of this write for ever."""
 
 
 def tracking_uri(store: Store) -> str:
@@ -136,20 +138,22 @@ class Tracker:
     def _send(self) -> None:
         while True:
             name, key, write, arguments = self.queue.get()
-            while not self._sent(name, key, write, arguments):
+            n_tries = 1
+            while not self._sent(name, key, write, arguments, n_tries):
+                n_tries += 1
                 time.sleep(RETRY_S)
             with self.lock:
                 self.unsent[name] -= 1
                 self.n_done += 1
 
-    def _sent(self, name: str, key: str, write: Callable[..., None], arguments: tuple) -> bool:
+    def _sent(self, name: str, key: str, write: Callable[..., None], arguments: tuple, n_tries: int) -> bool:
         """Whether a write is done with: False if it must be tried again."""
         try:
             if not self.experiment:
                 self._find_experiment()
             write(key, *arguments)
         except Exception as error:
-            if is_away(error):
+            if is_away(error) and (status_of(error) != 500 or n_tries < MOST_TRIES):
                 self.trouble = one_line(error)
                 return False
             self.refused.append(f"{name}: {one_line(error)}")
@@ -220,13 +224,18 @@ def now() -> int:
 
 def is_away(error: Exception) -> bool:
     """Whether a write that failed may succeed later: nobody answers, the server or database is in trouble, a disk is full."""
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return error.response.status_code in PASSING
-    if isinstance(error, MlflowException):
-        return error.get_http_status_code() in PASSING
+    if status := status_of(error):
+        return status in PASSING
     known = ConnectionError, TimeoutError, requests.RequestException, OperationalError
     boto = "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"
     return isinstance(error, known) or is_out_of_space(error) or type(error).__name__ in boto
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a write failed with, if it has one."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return error.response.status_code
+    return error.get_http_status_code() if isinstance(error, MlflowException) else None
 
 
 def one_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nsdray.cluster import run
 from nsdray.cluster.metrics import record
-from nsdray.cluster.preflight import require_inputs
+from nsdray.cluster.preflight import checked
 from nsdray.cluster.results import flatten
 from nsdray.cluster.trials import (
     FAILED,
@@ -328,7 +328,6 @@ def trial_row(config: Config, result: Any) -> dict[str, Any]:
 
 def prepare_search(plan: Plan) -> None:
     """Betas and latents, as for any run."""
-    require_inputs(plan, ("betas", "stimuli", "captions", "checkpoints"))
-    run.start_ray(plan)
-    run.prepare_betas(plan)
-    run.extract_targets(plan)
+    with checked(plan, ("betas", "stimuli", "captions", "checkpoints")):
+        run.prepare_betas(plan)
+        run.extract_targets(plan)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,27 @@ def test_betas_and_samples_are_the_same_on_s3_as_on_a_disk(cluster, config, s3, 
     runs = client.search_runs([client.get_experiment_by_name("nsdray").experiment_id])
     assert any(r.data.params.get("store.root", "").startswith("s3://***@lab/nsdray") for r in runs)
     assert b"s3cretpart" not in database.read_bytes() and b"AKIAKEY" not in database.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_the_same_on_s3_as_on_a_disk(finished, s3, tmp_path, monkeypatch):
+    """Every data set: betas to scores and the report's files, checkpoints of Ray Train between."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    data = replace(finished.config.data, nsd_root=str(finished.layout.root))
+    store = StoreConfig(s3.uri("lab/nsdray", user="AKIAKEY:s3cretpart@"))
+    remote, started = Plan(replace(finished.config, data=data, store=store)), time.monotonic()
+    results.train_all_subjects(remote)
+    seconds, base, n_same = time.monotonic() - started, Path(finished.store.base), Counter()
+    for path in base.glob("*/**/*"):
+        name = path.relative_to(base)
+        if path.suffix in (".parquet", ".safetensors") and name.parts[0] != "training":
+            assert remote.store.read_bytes(str(name)) == path.read_bytes(), name
+            n_same[name.parts[0].split("-")[0]] += 1
+    assert n_same.keys() >= {"betas", "samples", "targets", "models", "predictions", "reconstructions", "features", "metrics"}
+    print(f"\n{seconds:.0f} s on s3://; the same to the byte: {dict(n_same)}")
+    assert remote.store.sizes(f"{remote.report.folder}/{remote.report_partition}").keys() >= {"report.html", "_SUCCESS"}
+    monkeypatch.setattr(results.run, "prepare_betas", lambda _: pytest.fail("it was not up to date"))
+    results.train_all_subjects(Plan(remote.config))
 
 
 def test_secrets_are_not_logged(tmp_path):

@@ -15,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -159,9 +160,18 @@ def until(condition: Callable[[], bool], seconds: float, what: str, running: Fut
 
 @contextmanager
 def job(plan: Plan) -> Iterator[Future]:
-    """`train_all_subjects` in a thread."""
-    with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(train_all_subjects, Plan(plan.config))
+    """`train_all_subjects` in a thread that must end, but is not waited for when a test has failed."""
+    running: Future = Future()
+
+    def work() -> None:
+        try:
+            running.set_result(train_all_subjects(Plan(plan.config)))
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    yield running
+    assert running.done(), "the job is still running"
 
 
 @pytest.fixture
@@ -354,8 +364,10 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def fill(disk: Path, running: Future) -> Path:
     """Take all that is left of a disk, and whatever a job gives back while it is running; the file to delete again."""
+    deadline = time.monotonic() + 300
     with open(disk / "filler", "wb", buffering=0) as file:
         while not running.done():
+            assert time.monotonic() < deadline, "the job does not end on a full disk"
             with suppress(OSError):
                 while True:
                     file.write(bytes(4096))
@@ -375,7 +387,7 @@ def test_the_disk_is_full_in_training_and_in_reconstruction(undisturbed, tmp_pat
                 started = time.monotonic()
                 filler = fill(disk, running)
                 with pytest.raises(OSError, match="no space left .* Free some, or choose another --store.root"):
-                    running.result()
+                    running.result(timeout=60)
             print(f"\ndisk full once {sign} appeared: the job ended after {time.monotonic() - started:.1f} s")
             assert untracked(Plan(plan.config))
             with pytest.raises(ValueError, match="to be written below .* free: free some"):

@@ -6,7 +6,7 @@ import time
 import pytest
 import requests
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import INTERNAL_ERROR, MlflowException
 from sqlalchemy.exc import OperationalError
 
 from nsdray.cluster import tracking
@@ -65,6 +65,25 @@ def test_what_mlflow_refuses_holds_up_nothing_else(tracker):
     tracker.connect()
     (refused,) = sent(tracker).refused
     assert refused.startswith("run a: ") and "a name with *" in refused
+    assert tracker.client.get_run(tracker.runs["a"]).data.metrics == {"ssim": 0.5}
+
+
+def test_a_write_that_always_fails_on_the_server_is_given_up(tracker, monkeypatch):
+    monkeypatch.setattr(tracking, "MOST_TRIES", 3)
+    log_batch, attempts = MlflowClient.log_batch, []
+
+    def broken(self, run_id, metrics=(), **more):
+        if any(metric.key == "broken" for metric in metrics):
+            attempts.append(1)
+            raise MlflowException("the server fails", INTERNAL_ERROR)
+        log_batch(self, run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", broken)
+    tracker.start("a", "run a", {}, {})
+    for name in ("broken", "ssim"):
+        tracker.log_result("a", {name: 0.5}, {}, {})
+    tracker.connect()
+    assert [text.partition(": ")[0] for text in sent(tracker).refused] == ["run a"] and len(attempts) == 3
     assert tracker.client.get_run(tracker.runs["a"]).data.metrics == {"ssim": 0.5}
 
 
