@@ -30,6 +30,7 @@ from nsdray.nsd.design import Trials, planned_trials, protocol_sessions, trials
 from nsdray.nsd.layout import CAPTION_SPLITS, NSDLayout
 from nsdray.nsd.rois import Voxels, load_voxels
 from nsdray.nsd.simulate import simulate_nsd
+from nsdray.nsd.simulate_bold import DRIFT_SD, OWN_SD, SHARED_SD, TRIAL_NOISE
 from nsdray.store import Inputs, Stage, Store, resolve_root, subject_folder
 
 PUBLISHED_VDVAE = "imagenet64-iter-1600000-model-ema.th"
@@ -112,7 +113,8 @@ def miniature_nsd(store: Store, simulation: SimulationConfig, subjects: Sequence
     settings = dataclasses.asdict(simulation)
     if not simulation.with_bold:
         del settings["with_bold"]  # as if the setting did not exist: the same folder, the same bytes
-    folder = local_home(store) / f"miniature-nsd-{digest(settings)}"
+    noise = {"bold": (TRIAL_NOISE, SHARED_SD, OWN_SD, DRIFT_SD)} if simulation.with_bold else {}
+    folder = local_home(store) / f"miniature-nsd-{digest(settings | noise)}"
     simulate_nsd(folder, subjects=subjects, **settings)
     return folder
 
