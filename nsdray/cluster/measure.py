@@ -9,6 +9,7 @@ import numpy as np
 import ray
 
 from nsdray.cluster.actors import Replica, pool_size, replica_arguments
+from nsdray.cluster.estimate import target_images
 from nsdray.cluster.preflight import Finding
 from nsdray.generators.stage1 import decode_pictures
 from nsdray.generators.stage2 import refine_pictures
@@ -30,7 +31,7 @@ def time_findings(plan: Plan) -> list[Finding]:
     reading = ray.remote(num_cpus=1)(seconds_to_read).remote(subject)
     replica = ray.remote(**own)(seconds_per_image).remote(plan, [int(i) for i in subject.image_ids("test")[:N_IMAGES]])
     n_sessions = sum(len(s.sessions) for s in plan.subjects)
-    n_targets = sum({s.targets(split): len(s.image_ids(split)) for s in plan.subjects for split in ("train", "test")}.values())
+    n_targets = sum({s.targets(split): target_images(s, split) for s in plan.subjects for split in ("train", "test")}.values())
     n_decoded = sum(len(s.image_ids("test")) for s in plan.subjects) * (len(plan.sources) + 1)
     n_readers = min(n_sessions, max(1, int(resources.get("CPU", 1))))
     found = [finding("read betas", n_sessions, "sessions", ray.get(reading), n_readers, "tasks")]
