@@ -102,8 +102,10 @@ class TargetsConfig:
     """Precision of the VDVAE's layers, for targets and pictures alike. bfloat16 (autocast) is faster where the hardware
     knows it, and alters posterior means by 1.3 % (rms; mini model, 15 layers)."""
     batch_size: int | None = None
-    """Images per forward pass, for targets and pictures alike. Batches are padded to this size, so results do not depend
-    on the number of replicas. None: what fits into half of the free memory, 64 at most."""
+    """Images per forward pass, for targets and pictures alike. Batches are padded to this size, so that results are equal to
+    the bit whatever the number of replicas; with another size they are equal to rounding. None: the largest power of two up to
+    32 that fits into half of a replica's share of the memory (of its GPU, or a CPU's share of the machine or container), so
+    name a size where results of unlike machines must be equal to the bit."""
 
     def __post_init__(self) -> None:
         require(1 <= self.n_layers <= 75, f"targets.n_layers is {self.n_layers}, must be in 1..75")
@@ -341,9 +343,12 @@ class Stage1Config:
     temperature: float = 1.0
     """Factor on the standard deviation of the layers that are drawn from the prior."""
     deterministic: bool = False
-    """Prior means and the most likely pixel instead of seeded draws."""
+    """No draws: prior means, and for each pixel the mode of the heaviest component of the output's mixture."""
     seed: int = 0
     """Seed of all draws; the draw for an image depends on this and its image_id only."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"stage1.temperature is {self.temperature}, must not be negative")
 
 
 @dataclass(frozen=True)
@@ -379,7 +384,8 @@ class Stage2Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of Versatile Diffusion. bfloat16 on GPUs that know it."""
     batch_size: int | None = None
-    """Pictures per forward pass; batches are padded to this size. None: what fits into half of the free memory, 32 at most."""
+    """Pictures per forward pass; batches are padded to this size. None: what fits, as of targets.batch_size, beside the weights;
+    8 at most."""
 
     def __post_init__(self) -> None:
         for name in ("mixing", "strength"):
@@ -482,13 +488,15 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Use of the Ray cluster. None of this alters results, but for n_train_workers."""
+    """Use of the Ray cluster. None of this alters results, but for n_train_workers; gpus_per_replica alters
+    the rounding where a batch size follows it."""
 
     n_replicas: int | None = None
-    """Model replicas (Ray actors). None: one per free GPU, without GPUs one per two free CPUs, at least 2 where there
+    """Model replicas (Ray actors). None: one per free GPU. Without GPUs each computes on one CPU, since the number of threads
+    would alter the rounding: one per CPU while there are 8 GiB for each, one per two CPUs in any case, at least 2 where there
     are 2 CPUs."""
     gpus_per_replica: float = 1.0
-    """Share of a GPU per replica, on clusters that have GPUs."""
+    """Share of a GPU per replica, on clusters that have GPUs. Batch sizes that are None follow it."""
     n_gpus: int | None = None
     """GPUs to wait for at the start. A cluster that grows and shrinks is asked for them (cluster.yaml). None: those there are."""
     n_train_workers: int = 1

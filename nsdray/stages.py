@@ -26,7 +26,7 @@ from nsdray.models.checkpoint import weights_file
 from nsdray.models.clip import CLIPConfig, published_checkpoint
 from nsdray.models.vdvae import VDVAEConfig
 from nsdray.nsd.betas import session_shape
-from nsdray.nsd.design import Trials, planned_trials, protocol_sessions, trials
+from nsdray.nsd.design import Trials, planned_trials, protocol_sessions, shared_images, trials
 from nsdray.nsd.layout import CAPTION_SPLITS, NSDLayout
 from nsdray.nsd.rois import Voxels, load_voxels
 from nsdray.nsd.simulate import simulate_nsd
@@ -132,6 +132,11 @@ class Plan:
             root = Path(config.data.nsd_root).expanduser().resolve()
         self.layout = NSDLayout(root, beta_version=config.data.beta_version)
         self.subjects = [SubjectPlan(self, subject) for subject in config.data.subjects]
+
+    @cached_property
+    def shared_images(self) -> np.ndarray:
+        """All images that may be test images, int32 (n,): their targets are made once, whoever saw which of them."""
+        return shared_images(self.layout)
 
     @cached_property
     def vdvae_checkpoint(self) -> Path:
@@ -518,13 +523,19 @@ class SubjectPlan:
         return f"{self.folder}/{split}"
 
     def targets(self, split: str) -> str:
-        """Partition of the targets: a subject's own training images; test images once for all who saw the same."""
-        return self.samples("train") if split == "train" else f"test-{digest(self.image_ids('test').tolist())}"
+        """Partition of the targets: a subject's own training images, or all shared images, once for everybody."""
+        return self.samples("train") if split == "train" else "shared"
+
+    def target_parts(self, split: str) -> list[Part]:
+        """Shards of the targets: those of the training samples, or the shared images in the design's order."""
+        if split == "train":
+            return self.parts("train")
+        return Part.split(self.plan.shared_images, self.plan.config.data.rows_per_part)
 
     def targets_wanted(self, split: str, kind: str = "vdvae") -> dict[str, Inputs]:
         """Shards of the targets: of what the pictures (or the captions) are, and of which."""
         source = self._captions if kind == "clip_text" else {"stimuli_bytes": self.inputs["stimuli_bytes"]}
-        return {part.name: source | {"images": digest(part.image_ids.tolist())} for part in self.parts(split)}
+        return {part.name: source | {"images": digest(part.image_ids.tolist())} for part in self.target_parts(split)}
 
     @cached_property
     def _captions(self) -> Inputs:
@@ -548,7 +559,7 @@ class SubjectPlan:
         ids = self.image_ids("test")
         source = self.inputs if model else {"stimuli_bytes": self.inputs["stimuli_bytes"]} | self._truth
         wanted = {part.name: source for part in Part.split(ids, ROWS_PER_PICTURES)}
-        return (self.folder if model else self.targets("test")), wanted
+        return (self.folder if model else f"test-{digest(ids.tolist())}"), wanted
 
     @property
     def _truth(self) -> Inputs:

@@ -9,8 +9,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # importing diffusers takes seconds
     from nsdray.models.versatile_diffusion import VersatileDiffusion
 
 N_FEATURES_BATCH = 16
+CPU_REPLICA_BYTES = 8 << 30
+"""Memory that lets a CPU have a replica of its own."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 UNREACHABLE_S = 120.0
 """Seconds that a replica may be out of reach before that is an error; Ray takes some 10 to find that a node is gone."""
 Rows = tuple[Stage, str, list[str]]
@@ -58,6 +61,7 @@ class Replica:
         self.loaded: dict[str, torch.nn.Module] = {}
         self.paths = {"vdvae": vdvae, "clip": clip, "diffusion": diffusion}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too; bfloat16 is there for speed
         if was_restarted():
             record("nsdray_replica_restarts", 1)
 
@@ -101,28 +105,29 @@ class Replica:
         model = self.diffusion
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         free = max(0.0, self.memory - 2 * weights)
-        return self.config.stage2.batch_size or fitting_batch_size(diffusion_bytes(model), free, most=32)
+        return self.config.stage2.batch_size or fitting_batch_size(diffusion_bytes(model), free, most=8)
 
     def extract_vdvae(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """Encode the pictures of a part by the VDVAE and write its latents."""
-        settings = self.config.targets
-        with self.precision(settings.dtype):
+        settings, n = self.config.targets, self.vdvae_batch()
+        with self.precision(settings.dtype), within_memory("targets", n):
             layers = vdvae_latents(self.vdvae, self._seen(part), part.image_ids, settings.n_layers, settings.latents,
-                                   settings.seed, self.vdvae_batch())  # fmt: skip
+                                   settings.seed, n)  # fmt: skip
         columns = {"image_id": part.image_ids} | {layer_name(i): z for i, z in enumerate(layers)}
         target.write(partition, part.name, table(columns), inputs)
 
     def extract_clip_vision(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """CLIP tokens of the pictures of a part."""
-        with self.precision(self.config.clip.dtype):
-            tokens = vision_tokens(self.clip, self._seen(part), self.config.clip.batch_size)
+        settings = self.config.clip
+        with self.precision(settings.dtype), within_memory("clip", settings.batch_size):
+            tokens = vision_tokens(self.clip, self._seen(part), settings.batch_size)
         write_tokens(target, partition, part, tokens, inputs)
 
     def extract_clip_text(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """CLIP tokens of the captions of a part's pictures."""
-        captions = load_captions(self.layout, [int(i) for i in part.image_ids])
-        with self.precision(self.config.clip.dtype):
-            tokens = text_tokens(self.clip, captions, self.config.clip.batch_size)
+        captions, settings = load_captions(self.layout, [int(i) for i in part.image_ids]), self.config.clip
+        with self.precision(settings.dtype), within_memory("clip", settings.batch_size):
+            tokens = text_tokens(self.clip, captions, settings.batch_size)
         write_tokens(target, partition, part, tokens, inputs)
 
     def _seen(self, part: Part) -> np.ndarray:
@@ -132,10 +137,10 @@ class Replica:
     def reconstruct_stage1(self, target: Stage, partition: str, part: Part, inputs: Inputs, latents: Rows) -> None:
         """Decode the latents of a part's images and write the pictures."""
         stage1, columns = self.config.stage1, [layer_name(i) for i in range(self.config.n_layers)]
-        cells = read_rows(latents, part.image_ids, columns)
-        with self.precision(self.config.targets.dtype):
+        cells, n = read_rows(latents, part.image_ids, columns), self.vdvae_batch()
+        with self.precision(self.config.targets.dtype), within_memory("targets", n):
             pictures = decode_pictures(self.vdvae, cells, part.image_ids, stage1.seed, stage1.temperature,
-                                       stage1.deterministic, self.vdvae_batch())  # fmt: skip
+                                       stage1.deterministic, n)  # fmt: skip
         write_pictures(target, partition, part, "stage1", pictures, stage1.seed, inputs)
 
     def reconstruct_stage2(self, target: Stage, partition: str, part: Part, inputs: Inputs, stage1: Stage,
@@ -145,18 +150,20 @@ class Replica:
         if s.start == "stage1":
             start = np.stack([from_png(cell.as_py()) for cell in stage1.read(partition, part.name, ["stage1"])["stage1"]])
         tokens = [rows and np.stack(read_rows(rows, part.image_ids), 1) for rows in (vision, text)]
-        unconditional = self.unconditional
-        pictures = refine_pictures(
-            self.diffusion, start, *tokens, unconditional, part.image_ids, s.seed, self.diffusion_batch(),
-            strength=s.strength, guidance=s.guidance, mixing=s.mixing, n_steps=s.n_steps, sampler=s.sampler,
-            reference_offset=s.reference_offset, noise=s.noise,
-        )  # fmt: skip
+        unconditional, n = self.unconditional, self.diffusion_batch()
+        with within_memory("stage2", n):
+            pictures = refine_pictures(
+                self.diffusion, start, *tokens, unconditional, part.image_ids, s.seed, n, strength=s.strength,
+                guidance=s.guidance, mixing=s.mixing, n_steps=s.n_steps, sampler=s.sampler,
+                reference_offset=s.reference_offset, noise=s.noise,
+            )  # fmt: skip
         write_pictures(target, partition, part, "stage2", pictures, s.seed, inputs)
 
     def round_trip(self, target: Stage, partition: str, part: Part, inputs: Inputs) -> None:
         """The control "vae": the seen pictures through Versatile Diffusion's VAE and back, the most that stage 2 could reach."""
-        seed = self.config.stage2.seed
-        pictures = round_trip(self.diffusion, self._seen(part), part.image_ids, seed, self.diffusion_batch())
+        seed, n = self.config.stage2.seed, self.diffusion_batch()
+        with within_memory("stage2", n):
+            pictures = round_trip(self.diffusion, self._seen(part), part.image_ids, seed, n)
         write_pictures(target, partition, part, "stage2", pictures, seed, inputs)
 
     def find_nearest(self, target: Stage, partition: str, part: Part, inputs: Inputs, train: Rows, train_ids: np.ndarray,
@@ -218,13 +225,16 @@ def read_rows(rows: Rows, image_ids: np.ndarray, columns: list[str] | None = Non
     stage, partition, shards = rows
     cells: dict[int, list[np.ndarray]] = {}
     for shard in shards:
-        data = stage.read(partition, shard, columns and ["image_id", *columns])
+        wanted = {int(i) for i in image_ids} - cells.keys()
+        if not wanted:
+            break
+        here = view_column(stage.read(partition, shard, ["image_id"]), "image_id").tolist()
+        if wanted.isdisjoint(here):
+            continue
+        data = stage.read(partition, shard, columns)
         names = columns or [name for name in data.column_names if name.startswith("token_")]
         views = [view_column(data, name) for name in names]
-        wanted = {int(i) for i in image_ids} - cells.keys()
-        for row, image_id in enumerate(view_column(data, "image_id")):
-            if int(image_id) in wanted:
-                cells[int(image_id)] = [view[row] for view in views]
+        cells |= {image_id: [view[row] for view in views] for row, image_id in enumerate(here) if image_id in wanted}
     found = [cells[int(i)] for i in image_ids]
     return [np.stack(column) for column in zip(*found)]
 
@@ -311,7 +321,11 @@ def partition_of(call: tuple[str, tuple[Any, ...]]) -> str:
 def pool_size(
     settings: ClusterConfig, available: dict[str, float], n_calls: int, strict: bool = True
 ) -> tuple[int, dict[str, float]]:
-    """Number of replicas and the resources of each. strict: ValueError if more are configured than fit, instead of fewer."""
+    """Number of replicas and the resources of each. strict: ValueError if more are configured than fit, instead of fewer.
+
+    available: Ray's resources. Without GPUs a replica has one CPU, and so one thread, however many replicas there are: their
+    number must not alter the rounding.
+    """
     gpus, cpus, share = available.get("GPU", 0), available.get("CPU", 1), settings.gpus_per_replica
     if gpus:
         per_gpu = int(1 / share) if share <= 1 else 1 / share
@@ -319,7 +333,8 @@ def pool_size(
         n = settings.n_replicas or fits
     else:
         fits, resources = int(cpus), {"num_cpus": 1}
-        n = settings.n_replicas or max(min(2, fits), fits // 2)
+        with_room = min(fits, int(available.get("memory", 0) // CPU_REPLICA_BYTES))
+        n = settings.n_replicas or max(min(2, fits), fits // 2, with_room)
     if strict and n > max(1, fits):
         raise ValueError(f"cluster.n_replicas is {n}, but the cluster has room for {fits}; they would wait for ever")
     return max(1, min(n, fits, n_calls)), resources
@@ -330,11 +345,26 @@ def precision(device: str, dtype: str) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+@contextmanager
+def within_memory(settings: str, n: int) -> Iterator[None]:
+    """Say which batch size (of n, in a group of settings) to lower when a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{n} pictures at once do not fit into this GPU's memory: give a --{settings}.batch-size below {n}, or a larger "
+            f"--cluster.gpus-per-replica. ({error})"
+        ) from error
+
+
 def memory_share(device: str, gpus: float) -> float:
-    """Bytes of a share of a GPU ("cuda"), or of a CPU's share of the machine."""
+    """Bytes of a share of a GPU ("cuda"), or of a CPU's share of the machine or container: the same at any time."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory * min(1.0, gpus)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if CGROUP_LIMIT.is_file() and (limit := CGROUP_LIMIT.read_text().strip()) != "max":
+        memory = min(memory, int(limit))
+    return memory / os.cpu_count()
 
 
 def vdvae_bytes(config: VDVAEConfig) -> int:
@@ -347,7 +377,7 @@ def diffusion_bytes(model: VersatileDiffusion) -> int:
     return 6 * 4 * model.vae.config.block_out_channels[0] * model.image_size**2
 
 
-def fitting_batch_size(n_bytes: int, memory: float, most: int = 64) -> int:
+def fitting_batch_size(n_bytes: int, memory: float, most: int = 32) -> int:
     """Largest power of two whose images, of n_bytes each, fit into half of the memory (bytes); between 1 and most."""
     return 2 ** min(int(math.log2(most)), max(0, int(math.log2(max(1.0, memory / 2 / n_bytes)))))
 

@@ -98,9 +98,16 @@ def read_samples(subject: SubjectPlan, split: str) -> tuple[np.ndarray, np.ndarr
 def read_targets(
     subject: SubjectPlan, split: str, columns: Sequence[str], kind: str = "vdvae", scratch: Scratch | None = None
 ) -> np.ndarray:
-    """Targets of one split, flattened and side by side: float16 (n_samples, n_targets). scratch: where to."""
-    parts, n_rows = [part.name for part in subject.parts(split)], len(subject.image_ids(split))
-    return read_columns(subject.plan.targets(kind), subject.targets(split), parts, columns, n_rows, scratch)
+    """Targets of one split, in the samples' order, flattened and side by side: float16 (n_samples, n_targets). scratch: where
+    to."""
+    parts, ids = subject.target_parts(split), subject.image_ids(split)
+    stored = np.concatenate([part.image_ids for part in parts])
+    names = [part.name for part in parts]
+    values = read_columns(subject.plan.targets(kind), subject.targets(split), names, columns, len(stored), scratch)
+    if np.array_equal(stored, ids):
+        return values
+    order = np.argsort(stored)
+    return values[order[np.searchsorted(stored, ids, sorter=order)]]
 
 
 def read_columns(

@@ -61,6 +61,11 @@ def evaluate_memory(subject: SubjectPlan) -> int:
     return 3 * FLOAT * len(subject.image_ids("test")) * largest + N_IMAGES_BATCH * 8 * FLOAT * STIMULUS + 200_000_000
 
 
+def target_images(subject: SubjectPlan, split: str) -> int:
+    """Images whose targets are made for a split."""
+    return sum(len(part.image_ids) for part in subject.target_parts(split))
+
+
 def _data_sizes(plan: Plan) -> list[Size]:
     betas, samples, memory = 0, 0, []
     for subject in plan.subjects:
@@ -78,7 +83,7 @@ def _data_sizes(plan: Plan) -> list[Size]:
         if kind == "vdvae":  # all that are extracted, of which a regressor may use fewer
             shapes = VDVAE_CONFIGS[plan.config.targets.vdvae]().layer_shapes[: plan.config.targets.n_layers]
         values = sum(math.prod(shape) for shape in shapes)
-        partitions = {s.targets(split): len(s.image_ids(split)) for s in plan.subjects for split in ("train", "test")}
+        partitions = {s.targets(split): target_images(s, split) for s in plan.subjects for split in ("train", "test")}
         disk = sum(HALF * n * values for n in partitions.values())
         disk -= sum(_present_if_known(lambda kind=kind: plan.targets(kind), partition) for partition in partitions)
         sizes.append(Size(f"targets/{kind}", disk, rows * (STIMULUS + 2 * FLOAT * values)))

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from nsdray.cluster.actors import Replica, gather, pool_size, replica_arguments
+from nsdray.cluster.estimate import target_images
 from nsdray.cluster.preflight import Finding
 from nsdray.cluster.run import picture_partitions
 from nsdray.generators.stage1 import decode_pictures
@@ -33,7 +34,7 @@ def time_findings(plan: Plan) -> list[Finding]:
     reading = ray.remote(num_cpus=1)(seconds_to_read).remote(subject)
     replica = ray.remote(**own)(seconds_per_image).remote(plan, [int(i) for i in subject.image_ids("test")[:N_IMAGES]])
     n_sessions = sum(len(s.sessions) for s in plan.subjects)
-    n_targets = sum({s.targets(split): len(s.image_ids(split)) for s in plan.subjects for split in ("train", "test")}.values())
+    n_targets = sum({s.targets(split): target_images(s, split) for s in plan.subjects for split in ("train", "test")}.values())
     n_pictures = {f"stage {name[-1]}": n_made(plan, name) for name in plan.picture_stages}
     n_readers = min(n_sessions, max(1, int(resources.get("CPU", 1))))
     to_read, per_image = gather([reading, replica], "measure", "stage")

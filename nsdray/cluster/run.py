@@ -79,7 +79,7 @@ def samples_partitions(plan: Plan) -> list[Partition]:
 
 
 def targets_partitions(plan: Plan, kind: str) -> list[Partition]:
-    """Test images of several subjects are one partition if they are the same."""
+    """A partition for each subject's training images, and one for all shared images."""
     partitions = {
         s.targets(split): (plan.targets(kind), s.targets(split), s.targets_wanted(split, kind))
         for s in plan.subjects
@@ -151,7 +151,7 @@ def extract_targets(plan: Plan) -> None:
         for subject in plan.subjects:
             for split in ("test", "train"):
                 partition, wanted = subject.targets(split), subject.targets_wanted(split, kind)
-                for part in subject.parts(split):
+                for part in subject.target_parts(split):
                     if part.name in missing[stage.folder, partition]:
                         calls[kind, partition, part.name] = (f"extract_{kind}", (stage, partition, part, wanted[part.name]))
     run_replicas(plan, list(calls.values()), "extract targets")
@@ -270,11 +270,11 @@ def reconstruct(plan: Plan, name: str, call_of: Callable[[SubjectPlan, str | Non
 
 def rows_of(subject: SubjectPlan, model: str | None, kind: str) -> Rows:
     """Where the latents or tokens for a model's pictures lie; None: the truth."""
-    plan, shards = subject.plan, [part.name for part in subject.parts("test")]
+    plan = subject.plan
     if model is None:
-        return plan.targets(kind), subject.targets("test"), shards
+        return plan.targets(kind), subject.targets("test"), [part.name for part in subject.target_parts("test")]
     fit = Fit(model, kind) if kind == "vdvae" else plan.token_fit(model, kind)
-    return plan.predictions(fit), subject.folder, shards
+    return plan.predictions(fit), subject.folder, [part.name for part in subject.parts("test")]
 
 
 def embed_test_sets(plan: Plan) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -10,48 +11,51 @@ from safetensors.torch import load_file
 from torch import nn
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, hint: str = "") -> dict[str, torch.Tensor]:
     """Tensors of a ``.safetensors`` file, or of a PyTorch file (``weights_only``); a leading ``module.`` is dropped.
 
-    FileNotFoundError, or ValueError if the file is damaged or holds anything but tensors.
+    FileNotFoundError, or ValueError if the file is damaged or holds anything but named tensors; hint ends it.
     """
-    path = Path(path)
+    return _read(Path(path), hint, only_shapes=False)
+
+
+def weight_shapes(path: str | Path, hint: str = "") -> dict[str, torch.Size]:
+    """Names and shapes of a weight file's tensors, by its header: no weights are read, no code is run. A leading ``module.``
+    is dropped. Errors as of `read_weights`.
+    """
+    return {key: value.shape for key, value in _read(Path(path), hint, only_shapes=True).items()}
+
+
+def _read(path: Path, hint: str, only_shapes: bool) -> dict[str, torch.Tensor]:
+    """The tensors, or ones without values that have their shapes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there. {hint}".strip())
     try:
         if path.suffix == ".safetensors":
-            state = load_file(str(path))
+            state: Any = _safetensors_shapes(path) if only_shapes else load_file(str(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
+            device = "meta" if only_shapes else "cpu"
+            state = torch.load(path, map_location=device, weights_only=True, mmap=only_shapes and _is_zip(path))
     except Exception as error:  # the readers raise many kinds for a damaged file
-        raise _unreadable(path, error) from error
+        reason = " ".join(str(error).split())[:300]
+        text = f"{path} cannot be read as weights ({reason}). Is it whole? Fetch it again. {hint}"
+        raise ValueError(text.strip()) from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        found = f"a dict of {', '.join(map(repr, state))}"[:100] if isinstance(state, dict) else f"a {type(state).__name__}"
+        text = f"{path} is no weight file: it holds {found}, not tensors by name. Is it an optimiser's state? {hint}"
+        raise ValueError(text.strip())
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def weight_shapes(path: str | Path) -> dict[str, torch.Size]:
-    """Names and shapes of a weight file's tensors, by its header: no weights are read, no code is run. A leading ``module.``
-    is dropped. A file that was cut short is a ValueError, as for `read_weights`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), "pt") as file:
-                found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
-        else:
-            with open(path, "rb") as stream:
-                is_zip = stream.read(4) == b"PK\x03\x04"  # files from before PyTorch 1.6 are none, and are read as a whole
-            state = torch.load(path, map_location="meta", weights_only=True, mmap=is_zip)
-            found = {key: value.shape for key, value in state.items()}
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return {key.removeprefix("module."): shape for key, shape in found.items()}
+def _safetensors_shapes(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(str(path), "pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
-    return ValueError(f"{path} cannot be read as weights ({reason}). Is it whole? Fetch it again.")
+def _is_zip(path: Path) -> bool:
+    """PyTorch's files since 1.6 are; older ones can only be read as a whole."""
+    with open(path, "rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def weights_file(folder: Path) -> Path:

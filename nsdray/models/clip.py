@@ -143,7 +143,7 @@ def load_clip(path: str | Path, config: CLIPConfig, device: str | torch.device =
     """Load weights strictly, from a file of tensors with open_clip's parameter names. ValueError if they do not fit."""
     with torch.device("meta"):
         clip = CLIP(config)
-    load_strictly(clip.model, read_weights(path), path, RIGHT_FILE)
+    load_strictly(clip.model, read_weights(path, RIGHT_FILE), path, RIGHT_FILE)
     n = config.n_text_tokens
     clip.model.attn_mask = torch.full((n, n), float("-inf")).triu_(1)  # causal; a buffer that no file holds
     return clip.to(device).eval().requires_grad_(False)
@@ -153,4 +153,4 @@ def check_clip(path: str | Path, config: CLIPConfig) -> None:
     """What `load_clip` would refuse, by the file's header alone."""
     with torch.device("meta"):
         clip = CLIP(config)
-    require_fit(clip.model, weight_shapes(path), path, RIGHT_FILE)
+    require_fit(clip.model, weight_shapes(path, RIGHT_FILE), path, RIGHT_FILE)

@@ -24,8 +24,9 @@ LOG_SCALE_MIN = -7.0  # the reference clamps the logistic's log-scale here
 UNIFORM_MARGIN = 1e-5  # uniform draws are kept this far from 0 and 1
 
 RIGHT_FILE = (
-    "Is it the checkpoint of another model? The ImageNet-64 one is imagenet64-iter-1600000-model-ema.th, linked from the README "
-    "of github.com/openai/vdvae."
+    "Is it the checkpoint of another model? The ImageNet-64 one is "
+    "https://openaipublic.blob.core.windows.net/very-deep-vaes-assets/vdvae-assets-2/imagenet64-iter-1600000-model-ema.th "
+    "(0.5 GB; the README of github.com/openai/vdvae links to it)."
 )
 
 
@@ -246,8 +247,8 @@ class OutputNet(nn.Module):
     ) -> torch.Tensor:
         """Draw pixels, (n, 3, h, w) float32 in [-1, 1].
 
-        u_mixture (n, h, w, K) and u_logistic (n, h, w, 3) are uniform in (0, 1); without them, the most likely
-        component and its mode are taken.
+        u_mixture (n, h, w, K) and u_logistic (n, h, w, 3) are uniform in (0, 1); without them, the mode of the
+        heaviest component is taken, which need not be the mixture's mode.
         """
         logits, means, log_scales, coefficients = self(features)
         if u_mixture is not None:
@@ -393,8 +394,8 @@ class VDVAE(nn.Module):
         """Pictures from the latents of the first len(latents) layers; the rest comes from the prior.
 
         latents: list of (n, zdim, r, r), from the top; at least one. seeds: one per image, for the prior's and the
-        output's draws. temperature: factor on the prior's standard deviation. deterministic: prior means and the
-        output mixture's most likely value, no draw at all. Returns uint8 (n, image_size, image_size, 3).
+        output's draws. temperature: factor on the prior's standard deviation. deterministic: prior means and the mode
+        of the output mixture's heaviest component, no draw at all. Returns uint8 (n, image_size, image_size, 3).
         """
         n, shapes = self._check_latents(latents)
         if not deterministic and (seeds is None or len(seeds) != n):
@@ -435,12 +436,12 @@ def load_vdvae(path: str | Path, config: VDVAEConfig, device: str | torch.device
     with torch.device("meta"):
         model = VDVAE(config)
     # channels last: convolutions take two thirds of the time on CPUs
-    return load_strictly(model, read_weights(path), path, RIGHT_FILE).to(device, memory_format=torch.channels_last)
+    return load_strictly(model, read_weights(path, RIGHT_FILE), path, RIGHT_FILE).to(device, memory_format=torch.channels_last)
 
 
 def check_vdvae(path: str | Path, config: VDVAEConfig) -> None:
     """What `load_vdvae` would refuse, by the file's header alone."""
     with torch.device("meta"):
         model = VDVAE(config)
-    require_fit(model, weight_shapes(path), path, RIGHT_FILE)
+    require_fit(model, weight_shapes(path, RIGHT_FILE), path, RIGHT_FILE)
 

@@ -118,14 +118,24 @@ def planned_trials(layout: NSDLayout, subject: int, protocol: str) -> Trials:
     return trials(layout, subject, sessions, dict.fromkeys(sessions, N_TRIALS))
 
 
-def _image_order(layout: NSDLayout, subject: int) -> tuple[np.ndarray, np.ndarray]:
-    """0-based image ids of all trials of the experiment, and of the shared images."""
+def shared_images(layout: NSDLayout) -> np.ndarray:
+    """0-based ids of the shared images, int32 (n,), in the design file's order. A subject may have seen fewer of them."""
+    return (_design(layout)["sharedix"].ravel().astype(np.int64) - 1).astype(np.int32)
+
+
+def _design(layout: NSDLayout) -> dict[str, np.ndarray]:
     path = layout.expdesign
     if not path.exists():
         raise FileNotFoundError(f"no design file {path}; download nsddata/experiments/nsd from NSD's bucket")
     design = loadmat(path)
     if missing := {"masterordering", "subjectim", "sharedix"} - set(design):
         raise ValueError(f"{path} lacks {sorted(missing)}; it is not NSD's design file, download it again")
+    return design
+
+
+def _image_order(layout: NSDLayout, subject: int) -> tuple[np.ndarray, np.ndarray]:
+    """0-based image ids of all trials of the experiment, and of the shared images."""
+    path, design = layout.expdesign, _design(layout)
     order, images = design["masterordering"].ravel().astype(np.int64), design["subjectim"].astype(np.int64)
     if not 1 <= subject <= len(images):
         raise ValueError(f"subject {subject} has no row in subjectim of {path}, which has {len(images)} rows")

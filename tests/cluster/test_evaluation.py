@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from nsdray.cluster import noise, report, results, run, scores
+from nsdray.cluster.data import read_targets
 from nsdray.config import StoreConfig
 from nsdray.generators.stage1 import enlarge, from_png
 from nsdray.metrics.perceptual import pixel_scores
@@ -98,12 +99,9 @@ def test_metrics_weights_come_from_the_named_folder_first(finished, tmp_path):
 def test_retrieval_is_scored_on_predicted_tokens(finished):
     subject = finished.subjects[0]
     columns = finished.columns("clip_vision")
-    part = subject.parts("test")[0].name
-    fit, truth = finished.predictions(Fit("ridge", "clip_vision")), finished.targets("clip_vision")
-    brain, image = (
-        np.concatenate([view_column(stage.read(partition, part), name) for name in columns], 1).astype(np.float64)
-        for stage, partition in ((fit, subject.folder), (truth, subject.targets("test")))
-    )
+    predicted = finished.predictions(Fit("ridge", "clip_vision")).read(subject.folder, subject.parts("test")[0].name)
+    brain = np.concatenate([view_column(predicted, name) for name in columns], 1).astype(np.float64)
+    image = read_targets(subject, "test", columns, "clip_vision").astype(np.float64)
     brain, image = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (brain, image))
     similarity = brain @ image.T
     means = scores.mean_scores(subject, "ridge")

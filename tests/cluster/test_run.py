@@ -14,8 +14,8 @@ import ray
 import torch
 from mlflow import MlflowClient
 
-from nsdray.cluster import report, results, run, scores
-from nsdray.cluster.actors import fitting_batch_size, pool_size, vdvae_bytes
+from nsdray.cluster import actors, report, results, run, scores
+from nsdray.cluster.actors import Replica, fitting_batch_size, memory_share, pool_size, read_rows, vdvae_bytes, within_memory
 from nsdray.cluster.data import Source, TrainingStream, read_samples, read_targets, steps_per_epoch
 from nsdray.cluster.tracking import tracking_uri
 from nsdray.cluster.train import parallel_trainings, validation_images
@@ -28,10 +28,12 @@ from nsdray.models.clip import CLIPConfig, load_clip
 from nsdray.models.vdvae import VDVAEConfig, load_vdvae
 from nsdray.models.versatile_diffusion import load_versatile_diffusion
 from nsdray.nsd.betas import SCALE
+from nsdray.nsd.captions import load_captions
+from nsdray.nsd.stimuli import Stimuli, resize
 from nsdray.seeds import image_seeds
 from nsdray.stages import Fit, Plan, layer_name
-from nsdray.store import view_column
-from nsdray.targets.clip_tokens import unconditional_tokens
+from nsdray.store import table, view_column
+from nsdray.targets.clip_tokens import text_tokens, unconditional_tokens, vision_tokens
 
 
 def decoder_files(plan, model):
@@ -61,7 +63,76 @@ def test_targets_are_the_vdvae_s_and_in_the_samples_order(finished):
     np.testing.assert_array_equal(view_column(data, "image_id"), image_ids[64:])
     shapes = VDVAEConfig.mini().layer_shapes
     assert all(view_column(data, layer_name(i)).shape[1:] == shapes[i] for i in range(3))
-    assert subject.targets("test") == finished.subjects[0].targets("test")  # test images once for all
+
+
+def seen(plan, image_ids):
+    with Stimuli(plan.layout.stimuli) as stimuli:
+        return stimuli.read(image_ids)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_targets_are_those_of_the_very_image(finished, split):
+    """What is written, and what `read_targets` gives, beside a direct computation for some images of a subject."""
+    subject = finished.subjects[1]
+    image_ids = subject.image_ids(split)
+    rows = [0, 7, len(image_ids) - 1]
+    pictures, ids = seen(finished, image_ids[rows]), image_ids[rows]
+    vdvae = load_vdvae(finished.vdvae_checkpoint, VDVAEConfig.mini())
+    clip = load_clip(finished.clip_checkpoint, CLIPConfig.mini())
+    images = torch.from_numpy(resize(pictures, 32)).permute(0, 3, 1, 2) / 255
+    expected = vdvae.encode(images, 3, "sample", image_seeds(finished.config.targets.seed, ids))
+    assert np.abs(expected[0] - vdvae.encode(images, 1, "mean")[0]).max() > 0.01  # the draws matter
+    stage, partition, shards = finished.targets(), subject.targets(split), [part.name for part in subject.target_parts(split)]
+    columns = [layer_name(i) for i in range(3)]
+    for layer, cells in zip(expected, read_rows((stage, partition, shards), ids, columns)):
+        close(cells, layer)
+    close(read_targets(subject, split, columns)[rows], np.concatenate([layer.flatten(1) for layer in expected], 1))
+    captions = load_captions(finished.layout, [int(i) for i in ids])
+    tokens = {"clip_vision": vision_tokens(clip, pictures, 3), "clip_text": text_tokens(clip, captions, 8)}
+    for kind, values in tokens.items():
+        close(read_targets(subject, split, finished.columns(kind), kind)[rows], values.reshape(3, -1))
+        assert np.abs(values[0] - values[1]).max() > 0.01  # another image's would not do
+
+
+def test_shared_images_are_encoded_once_whoever_saw_which(finished):
+    plan = Plan(finished.config)
+    fewer, all_seen = plan.subjects
+    while len(fewer.sessions) > 1:
+        fewer.sessions.popitem()
+    ids = fewer.image_ids("test")
+    assert 0 < len(ids) < len(all_seen.image_ids("test")) == len(plan.shared_images)
+    for kind in plan.kinds:
+        assert len(run.targets_partitions(plan, kind)) == 3  # two of training images, one of shared ones
+        assert not plan.targets(kind).missing(fewer.targets("test"), fewer.targets_wanted("test", kind))
+    own, all_targets = (read_targets(subject, "test", [layer_name(1)]) for subject in (fewer, all_seen))
+    np.testing.assert_array_equal(own, [all_targets[list(all_seen.image_ids("test")).index(i)] for i in ids])
+    (cells,) = read_rows(run.rows_of(fewer, None, "vdvae"), ids, [layer_name(1)])
+    np.testing.assert_array_equal(cells.reshape(len(ids), -1), own)
+    assert fewer.pictures(None)[0] != all_seen.pictures(None)[0]  # pictures are of what each saw
+
+
+class Shards:
+    """A stage of shards of two images each, which notes what is read."""
+
+    def __init__(self):
+        self.reads = []
+
+    def read(self, _partition, shard, columns=None):
+        self.reads.append((shard, columns))
+        ids = np.arange(2) + 2 * int(shard)
+        return table({"image_id": ids, "token_0": np.stack([ids, ids], 1)}).select(columns or ["image_id", "token_0"])
+
+
+def test_only_the_shards_that_hold_what_is_wanted_are_read():
+    stage = Shards()
+    (cells,) = read_rows((stage, "", ["0", "1", "2", "3"]), np.array([5, 2]))
+    np.testing.assert_array_equal(cells[:, 0], [5, 2])
+    assert [shard for shard, columns in stage.reads if columns is None] == ["1", "2"]
+    assert "3" not in dict(stage.reads)
 
 
 @pytest.mark.parametrize("model", ["ridge", "gru"])
@@ -324,7 +395,7 @@ def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
     assert scores.mean_scores(plan.subjects[0], "ridge") == scores.mean_scores(finished.subjects[0], "ridge")
     for split in ("train", "test"):  # one replica there, two here: the same to the bit
         partition = plan.subjects[0].targets(split)
-        for part in plan.subjects[0].parts(split):
+        for part in plan.subjects[0].target_parts(split):
             for kind in plan.kinds:
                 one, two = (p.targets(kind).read(partition, part.name) for p in (plan, finished))
                 assert one.equals(two)
@@ -343,13 +414,47 @@ def test_parallel_trainings():
 
 
 def test_batch_size_follows_memory():
-    assert fitting_batch_size(vdvae_bytes(VDVAEConfig.mini()), 8e9) == 64
+    assert fitting_batch_size(vdvae_bytes(VDVAEConfig.mini()), 8e9) == 32
     assert fitting_batch_size(vdvae_bytes(VDVAEConfig.imagenet64()), 12e9) == 16
     assert fitting_batch_size(vdvae_bytes(VDVAEConfig.imagenet64()), 1e6) == 1
 
 
+def test_a_container_has_its_limit_s_memory(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(actors, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    whole = memory_share("cpu", 1.0)
+    limit.write_text("max\n")
+    assert memory_share("cpu", 1.0) == whole > 1e6
+    limit.write_text("4000000\n")
+    assert memory_share("cpu", 1.0) == 1e6
+
+
+def test_a_replica_s_float32_is_float32(finished, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Replica(finished.config, finished.layout, None, None, None, {})
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_too_large_a_batch_is_told(finished, monkeypatch):
+    def encode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    replica = Replica(finished.config, finished.layout, finished.vdvae_checkpoint, None, None, {})
+    monkeypatch.setattr(replica.vdvae, "encode", encode)
+    subject = finished.subjects[0]
+    with pytest.raises(ValueError, match="16 pictures at once do not fit .* give a --targets.batch-size below 16"):
+        replica.extract_vdvae(finished.targets(), subject.targets("train"), subject.parts("train")[0], {})
+    with pytest.raises(ValueError, match="--stage2.batch-size below 4"), within_memory("stage2", 4):
+        encode()
+
+
 def test_pool_size():
-    assert pool_size(ClusterConfig(), {"CPU": 2.0}, 9)[0] == 2
+    assert pool_size(ClusterConfig(), {"CPU": 2.0}, 9) == (2, {"num_cpus": 1})
+    assert pool_size(ClusterConfig(), {"CPU": 2.0, "memory": 1e12}, 9)[0] == 2
+    assert pool_size(ClusterConfig(), {"CPU": 16.0, "memory": 48e9}, 99)[0] == 8
+    assert pool_size(ClusterConfig(), {"CPU": 16.0, "memory": 100e9}, 99)[0] == 11
+    assert pool_size(ClusterConfig(), {"CPU": 16.0, "memory": 1e12}, 99) == (16, {"num_cpus": 1})
     assert pool_size(ClusterConfig(), {"CPU": 64.0, "GPU": 4.0}, 9) == (4, {"num_cpus": 1, "num_gpus": 1.0})
     assert pool_size(ClusterConfig(gpus_per_replica=0.3), {"CPU": 64.0, "GPU": 4.0}, 99)[0] == 12
     assert pool_size(ClusterConfig(), {"CPU": 4.0, "GPU": 8.0}, 99)[0] == 4

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from nsdray.mini import VERSATILE_DIFFUSION, weights_path
 from nsdray.models.backbones import check_backbone
 from nsdray.models.checkpoint import read_weights, weight_shapes
-from nsdray.models.clip import CLIPConfig, check_clip
-from nsdray.models.vdvae import VDVAEConfig, check_vdvae
+from nsdray.models.clip import CLIPConfig, check_clip, load_clip
+from nsdray.models.vdvae import VDVAEConfig, check_vdvae, load_vdvae
 from nsdray.models.versatile_diffusion import check_versatile_diffusion
 
 STATE = {"module.a.weight": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.int64), "c": torch.tensor(1.0).half()}
@@ -54,6 +54,42 @@ def test_a_file_that_was_cut_short_is_known_by_its_header(file, n_lost):
     file.write_bytes(data[:-n_lost])
     with pytest.raises(ValueError, match=rf"{file.name} cannot be read as weights .* Is it whole"):
         weight_shapes(file)
+
+
+@pytest.mark.parametrize("read", [read_weights, weight_shapes])
+@pytest.mark.parametrize("content, found", [
+    ({"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}, "a dict of 'state', 'param_groups'"),
+    ({"model": STATE}, "a dict of 'model'"),
+    ({0: torch.ones(2)}, "a dict of 0"),
+    ([torch.ones(2)], "a list"),
+    (torch.ones(2), "a Tensor"),
+    (None, "a NoneType"),
+])  # fmt: skip
+def test_what_holds_no_named_tensors(tmp_path, content, found, read):
+    torch.save(content, tmp_path / "opt.th")
+    message = rf"opt\.th is no weight file: it holds {found}, not tensors by name\. Is it an optimiser's state\? Take the other\."
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "opt.th", "Take the other.")
+
+
+def test_every_error_tells_where_the_right_file_is(tmp_path):
+    path, where = tmp_path / "model.th", "imagenet64-iter-1600000-model-ema.th"
+    for load in (load_vdvae, check_vdvae):
+        with pytest.raises(FileNotFoundError, match=rf"model\.th is not there\. .*{where}"):
+            load(path, VDVAEConfig.mini())
+    for content in (b"PK\x03\x04 cut", b"\x80\x02", b""):
+        path.write_bytes(content)
+        for load in (load_vdvae, check_vdvae):
+            with pytest.raises(ValueError, match=rf"cannot be read as weights .*https://openaipublic.*{where}"):
+                load(path, VDVAEConfig.mini())
+    torch.save([], path)
+    for load in (load_vdvae, check_vdvae):
+        with pytest.raises(ValueError, match=rf"is no weight file: it holds a list.*{where}"):
+            load(path, VDVAEConfig.mini())
+    path.write_bytes(b"")
+    for load in (load_clip, check_clip):
+        with pytest.raises(ValueError, match=r"cannot be read as weights .* Fetch it again\. \S"):
+            load(path, CLIPConfig.mini())
 
 
 def test_a_file_that_is_not_there(tmp_path):
