@@ -5,8 +5,10 @@ A decoder is a folder:
 - ``decoder.json``: which regressor, which targets (with the SHA-256 of the network that made them), how to rescale
 - ``scaling.safetensors``: voxel indices, z-score of the betas, moments of the targets and of held-out predictions
 - the regressor's weights: ``network.safetensors``, or for ridge one file per column of the targets, such as
-  ``ridge_layer_07.safetensors`` (if they were asked for: ``ridge.weights``), and for dual coefficients
-  ``training_betas.safetensors``
+  ``ridge_layer_07.safetensors`` (if they were asked for: ``ridge.weights``): "weights" (n_voxels, n_targets), or "dual", what
+  ``training_betas.safetensors`` (n_train, n_voxels) is multiplied with to predict betas: betas @ training_betas.T @ dual +
+  intercept. Where all targets have one alpha, "dual" are the training targets themselves, float16, and the training betas are
+  multiplied by the inverse of the kernel; else dual coefficients and the betas
 - of ridge: ``alphas.safetensors``, ``ridge_report.json`` (what was chosen and how well it predicts; `nsdray.cluster.ridge`)
 """
 from __future__ import annotations
@@ -163,15 +165,15 @@ def rescaled(
 ) -> list[np.ndarray]:
     """Raw predictions (n, n_targets) with the spread that the card asks for, cut into columns.
 
-    test_moments: mean and standard deviation of the whole test set's predictions where targets are a part of it; None: those
-    of the targets.
+    test_moments: mean and standard deviation (ddof 0, as Brain-Diffuser) of the whole test set's predictions where targets are a
+    part of it; None: those of the targets.
     """
     if card.rescale == "train_moments":
         targets = rescale(targets, s.predictions_mean, s.predictions_std, s.latents_mean, s.latents_std)
     elif card.rescale == "test_moments":
         if test_moments is None and len(targets) < 2:
             raise ValueError("rescale='test_moments' needs the whole test set, not one image; use 'train_moments'")
-        targets = rescale(targets, *(test_moments or moments(targets)), s.latents_mean, s.latents_std)
+        targets = rescale(targets, *(test_moments or moments(targets, ddof=0)), s.latents_mean, s.latents_std)
     return cut_columns(targets, card.shapes)
 
 

@@ -164,6 +164,20 @@ class Store:
         with self.writing(path) as stream:
             stream.write(data)
 
+    def write_tensors(self, path: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write float arrays as a safetensors file, straight from their memory (`safetensors.numpy.save` makes two copies)."""
+        header, end, arrays = {}, 0, {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            kind = {"float16": "F16", "float32": "F32", "float64": "F64"}[array.dtype.name]
+            header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+            end += array.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with self.writing(path) as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for array in arrays.values():
+                stream.write(memoryview(array).cast("B"))
+
     @contextlib.contextmanager
     def writing(self, path: str) -> Iterator[pa.NativeFile]:
         """An output stream whose file appears whole or not at all: renamed on a file system, put at once on an object store."""
@@ -240,16 +254,20 @@ class Stage:
 
     def missing(self, partition: str, wanted: dict[str, Inputs]) -> list[str]:
         """Shards of a partition that are not there, or not made from these inputs, in the order of wanted."""
-        sizes = self.store.sizes(f"{self.folder}/{partition}")
-        listed = {}
-        if "_SUCCESS" in sizes:
-            listed = json.loads(self.store.read_bytes(f"{self.folder}/{partition}/_SUCCESS"))
+        sizes, listed = self.store.sizes(f"{self.folder}/{partition}"), self.listed(partition)
         return [
             shard
             for shard, inputs in wanted.items()
             if shard not in sizes
             or (listed[shard] != [sizes[shard], inputs] if shard in listed else self._inputs(partition, shard) != inputs)
         ]
+
+    def listed(self, partition: str) -> dict[str, list]:
+        """Size and inputs of every shard that a finished partition has by its _SUCCESS; none if it is not finished."""
+        try:
+            return json.loads(self.store.read_bytes(f"{self.folder}/{partition}/_SUCCESS"))
+        except FileNotFoundError:
+            return {}
 
     def begin(self, partition: str, wanted: dict[str, Inputs]) -> list[str]:
         """As `missing`, for somebody who is going to make them: from here on the partition no longer counts as finished."""

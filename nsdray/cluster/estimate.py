@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nsdray.cluster.data import GROUPS_PER_BLOCK
-from nsdray.cluster.ridge import memory_needed
+from nsdray.cluster.ridge_room import memory_needed
 from nsdray.cluster.train import build
 from nsdray.metrics.perceptual import Preparation, passes
 from nsdray.metrics.table import N_IMAGES_BATCH
@@ -117,9 +117,10 @@ def _fit_bytes(plan: Plan, fit: Fit, subject: SubjectPlan, n_targets: int) -> tu
     scaling = FLOAT * 4 * n_targets + 16 * n_voxels
     if fit.regressor == "ridge":
         config = plan.config.ridge
-        n_rows = 0 if config.weights not in ("all", fit.kind) else n_train if config.coefficients == "dual" else n_voxels
         ridges = [other for other in plan.fits if other.regressor == "ridge"]
-        return scaling + FLOAT * (n_rows + 1) * n_targets, max(memory_needed(subject, ridges).values())
+        held = max(memory_needed(subject, ridges, cpus=1, memory=0).values())  # by one worker; `preflight.ridge_finding` by all
+        weights = ridge_weight_bytes(subject, n_targets) if config.weights in ("all", fit.kind) else 0
+        return scaling + FLOAT * n_targets + weights, held
     n_all = [len(other.voxels.index) for other in plan.subjects] if fit.is_shared else [n_voxels]
     sizes, fraction = getattr(plan.config, fit.network).sizes(), plan.config.settings(fit.regressor)["validation_fraction"]
     with torch.device("meta"):
@@ -129,6 +130,14 @@ def _fit_bytes(plan: Plan, fit: Fit, subject: SubjectPlan, n_targets: int) -> tu
     blocks = 8 * GROUPS_PER_BLOCK * ROWS_PER_GROUP * (FLOAT * sum(n_all) + HALF * n_targets)
     # with a checkpoint of Ray Train: weights, the best ones, and two moments of AdamW; a gradient beside them in memory
     return scaling + own + 4 * whole // len(n_all), 5 * whole + held_out + blocks
+
+
+def ridge_weight_bytes(subject: SubjectPlan, n_targets: int) -> int:
+    """Of what a ridge writes for decoding new images."""
+    n_voxels, n_train, config = len(subject.voxels.index), len(subject.image_ids("train")), subject.plan.config.ridge
+    if config.coefficients == "primal":
+        return FLOAT * n_voxels * n_targets
+    return FLOAT * n_train * n_voxels + (FLOAT if config.per_target else HALF) * n_train * n_targets
 
 
 def _picture_sizes(plan: Plan) -> list[Size]:

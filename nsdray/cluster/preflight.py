@@ -18,7 +18,8 @@ from ray.exceptions import GetTimeoutError
 
 from nsdray.cluster.actors import pool_size
 from nsdray.cluster.autoscale import enough_gpus
-from nsdray.cluster.estimate import Size, replica_weights, stage_sizes
+from nsdray.cluster.estimate import Size, replica_weights, ridge_weight_bytes, stage_sizes
+from nsdray.cluster.ridge_room import REMEDY, memory_needed
 from nsdray.cluster.run import check_shared_root, start_ray
 from nsdray.cluster.train import parallel_trainings
 from nsdray.models.backbones import check_backbone
@@ -239,6 +240,8 @@ def resource_findings(
         ok, text = largest.memory <= most, f"largest task {size_text(largest.memory)} ({largest.stage})"
         text += f"; the largest node offers {size_text(most)}"
         found.append(Finding("memory of a node", text + ("" if ok else ": take one with more, or fewer --data.rois"), ok))
+    if set(NEEDS) <= set(needs) and any(fit.regressor == "ridge" for fit in plan.fits):
+        found += [ridge_finding(plan, nodes), *weight_findings(plan)]
     if settings.n_gpus is not None and gpus < settings.n_gpus:
         found.append(Finding("GPUs", f"cluster.n_gpus is {settings.n_gpus}, but the cluster has {gpus:g}", ok=False))
     return found
@@ -247,6 +250,37 @@ def resource_findings(
 def most_of(resource: str, nodes: list[dict[str, Any]]) -> float:
     """What the node with the most of a resource offers; memory in bytes."""
     return max(node["Resources"].get(resource, 0) for node in nodes)
+
+
+def ridge_finding(plan: Plan, nodes: list[dict[str, Any]]) -> Finding:
+    """What a subject's ridges hold on the largest node, with as many workers as it runs side by side, the object store included."""
+    fits = [fit for fit in plan.fits if fit.regressor == "ridge"]
+    largest = max((node["Resources"] for node in nodes), key=lambda own: own.get("memory", 0))
+    memory, room = largest.get("memory", 0), largest.get("memory", 0) + largest.get("object_store_memory", 0)
+    needed = max(max(memory_needed(subject, fits, largest.get("CPU", 1), memory).values()) for subject in plan.subjects)
+    text = f"{size_text(needed)} at most for a subject, all its workers and the object store together"
+    ok = needed <= room
+    return Finding("memory of ridge", f"{text}; the largest node has {size_text(room)}" + ("" if ok else f". {REMEDY}"), ok)
+
+
+def weight_findings(plan: Plan) -> list[Finding]:
+    """What the weights of each ridge take, which test images do without."""
+    found, config = [], plan.config.ridge
+    for fit in plan.fits:
+        if fit.regressor == "ridge" and config.weights in ("all", fit.kind):
+            n_targets = sum(math.prod(shape) for shape in plan.shapes(fit.kind))
+            n_bytes = sum(ridge_weight_bytes(subject, n_targets) for subject in plan.subjects)
+            work = sum(weight_operations(subject, n_targets) for subject in plan.subjects)
+            text = f"{config.coefficients}: {size_text(n_bytes)} and {work / 1e12:.2g} TFLOP, for decoding new images"
+            found.append(Finding(f"weights {plan.label(fit)}", f"{text}; without: --ridge.weights none"))
+    return found
+
+
+def weight_operations(subject: SubjectPlan, n_targets: int) -> float:
+    """Operations for the weights of one ridge beyond those for its test predictions."""
+    config, n, p = subject.plan.config.ridge, len(subject.image_ids("train")), len(subject.voxels.index)
+    coefficients = 4.0 * n * n * n_targets if config.per_target else 2.0 * n * n * p
+    return coefficients + (2.0 * n * p * n_targets if config.coefficients == "primal" else 0)
 
 
 def replicas_answer(plan: Plan, total: dict[str, float], nodes: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import ray
 from nsdray.cluster.data import read_samples, read_targets
 from nsdray.nsd.rois import voxel_groups
 from nsdray.regressors.banded import drawn_penalties, voxel_penalties
-from nsdray.regressors.linalg import Cholesky, Eigen, find_device, to_numpy
-from nsdray.regressors.ridge import RidgeKernel, ridge_kernel
-from nsdray.regressors.ridge_grid import Smoothers, alpha_scores, make_smoothers
+from nsdray.regressors.linalg import Eigen, Scratch, find_device, to_numpy
+from nsdray.regressors.ridge import RidgeKernel, ridge_kernel, training_basis
+from nsdray.regressors.ridge_grid import AlphaScores, Smoothers, alpha_scores, make_smoothers
 from nsdray.regressors.scaling import moments, zscore
 from nsdray.regressors.target_blocks import centre_targets
 from nsdray.seeds import rng
@@ -85,6 +85,8 @@ class Choice:
     """One for all targets, or several of which each target takes its own."""
     penalties: tuple[float, ...] = ()
     """Factors on alpha per voxel group; empty: 1."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """What the alpha was chosen by; as `curve_of`."""
 
 
 @ray.remote(num_cpus=1, num_returns=2)
@@ -124,26 +126,32 @@ def decompose(kernel: RidgeKernel) -> Eigen:
     return dataclasses.replace(kernel, device=find_device()).decompose().to(None)
 
 
+def held_out_rows(subject: SubjectPlan) -> np.ndarray | None:
+    """Training images whose leave-one-out predictions the moments come from; None means all."""
+    held_out = subject.plan.config.ridge.held_out
+    return None if held_out == "all" else sampled_rows(subject)[: None if held_out == "sample" else 0]
+
+
 @ray.remote(num_returns=2)
 def solve_kernel(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel, eigen: Eigen | None, choice: Choice,
-                 settings: dict[str, Any]) -> tuple[Smoothers, Cholesky | Eigen | None]:  # fmt: skip
-    """The smoothers at the chosen alphas, and the inverse that they were made from if blocks of targets need it."""
+                 with_basis: bool) -> tuple[Smoothers, np.ndarray | None]:  # fmt: skip
+    """The smoothers at the chosen alphas; and with_basis what training targets, or with several alphas dual coefficients, are
+    multiplied with to decode new images: `training_basis`, float32."""
     device = find_device()
     kernel = dataclasses.replace(kernel, betas=betas.train, device=device)
     if eigen is None:
         factors = [kernel.factorise(alpha) for alpha in choice.alphas]
-        inverse = factors[0].inverse.to(None)
     else:
         own = eigen.to(device)
-        factors, inverse = [kernel.at(alpha, own) for alpha in choice.alphas], eigen
-    rows = None if settings["held_out"] == "all" else sampled_rows(subject)
-    smoothers = make_smoothers(factors, betas.test, rows, list(betas.groups.values()) or None)
-    return smoothers.to(None), inverse if settings["weights"] or scored_apart(settings, choice) else None
+        factors = [kernel.at(alpha, own) for alpha in choice.alphas]
+    smoothers = make_smoothers(factors, betas.test, held_out_rows(subject), list(betas.groups.values()) or None).to(None)
+    inverse = factors[0].inverse if len(factors) == 1 else None
+    return smoothers, training_basis(kernel, inverse, np.float32) if with_basis else None
 
 
-def scored_apart(settings: dict[str, Any], choice: Choice) -> bool:
+def scored_apart(settings: dict[str, Any]) -> bool:
     """Whether targets choose among alphas by other leave-one-out predictions than those that train_moments needs anyway."""
-    return len(choice.alphas) > 1 and (settings["selection"] != "sample" or settings["held_out"] == "all")
+    return settings["per_target"] and (settings["selection"] != "sample" or settings["held_out"] != "sample")
 
 
 # Choosing alphas and penalties.
@@ -169,29 +177,48 @@ def sample_targets(subject: SubjectPlan, fit: Fit, n_targets: int) -> np.ndarray
 @ray.remote
 def score_penalties(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel | None, eigen: Eigen | None,
                     penalties: tuple[float, ...], settings: list[dict[str, Any]], *targets: np.ndarray
-                    ) -> list[np.ndarray]:  # fmt: skip
-    """Leave-one-out R2 at each alpha, (n_alphas, n_targets), of some targets of each kind. kernel, eigen: None makes those of the
-    penalties."""
+                    ) -> list[AlphaScores]:  # fmt: skip
+    """Scores of each alpha for some targets of each kind. kernel, eigen: None makes those of the penalties."""
     device = find_device()
     if kernel is None:
         kernel = betas.kernel(penalties, settings[0]["dtype"], device)
     kernel = dataclasses.replace(kernel, device=device)
-    eigen, rows, scores = kernel.decompose() if eigen is None else eigen.to(device), sampled_rows(subject), []
+    eigen, rows, scratch = kernel.decompose() if eigen is None else eigen.to(device), sampled_rows(subject), Scratch()
+    scores = []
     for own, some in zip(settings, targets):
-        block = centre_targets(some, kernel.dtype, device)
-        scores.append(alpha_scores(kernel, eigen, own["alphas"], block, own["selection"], rows))
+        pieces = pieces_of(some.shape[1])
+        blocks = (centre_targets(some[:, piece], kernel.dtype, device, scratch=scratch) for piece in pieces)
+        found = [alpha_scores(kernel, eigen, own["alphas"], block, own["selection"], rows) for block in blocks]
+        scores.append(join_scores(found))
     return scores
 
 
+def join_scores(parts: Sequence[AlphaScores]) -> AlphaScores:
+    """Scores of several blocks of targets as those of one."""
+    images = None
+    if parts[0].images is not None:
+        images = np.average([part.images for part in parts], 0, [part.targets.shape[1] for part in parts])
+    return AlphaScores(np.concatenate([part.targets for part in parts], 1), images)
+
+
+def curve_of(alphas: Sequence[float], scores: AlphaScores) -> list[dict[str, float]]:
+    """At each alpha the mean leave-one-out R2, and its standard error: over the left-out images, or by "gcv", which knows no
+    single ones, over targets. Ascending."""
+    each = scores.targets if scores.images is None else scores.images
+    errors = each.std(1, ddof=1) / np.sqrt(each.shape[1]) if each.shape[1] > 1 else np.zeros(len(each))
+    return [{"alpha": float(alphas[a]), "loo_r2": float(scores.targets[a].mean()), "error": float(errors[a])}
+            for a in np.argsort(alphas)]  # fmt: skip
+
+
 @ray.remote(num_cpus=1)
-def choose(settings: dict[str, Any], candidates: list[tuple[float, ...]], kind: int, *scores: list[np.ndarray]) -> Choice:
+def choose(settings: dict[str, Any], candidates: list[tuple[float, ...]], kind: int, *scores: list[AlphaScores]) -> Choice:
     """The penalties and the alpha with the best mean R2; with an alpha per target, the penalties whose best alphas have it.
     scores: of each candidate, a list over kinds."""
-    own = [some[kind] for some in scores]
+    own, alphas = [some[kind] for some in scores], settings["alphas"]
     if settings["per_target"]:
-        return Choice(tuple(settings["alphas"]), candidates[int(np.argmax([some.max(0).mean() for some in own]))])
-    best, alpha = np.unravel_index(np.argmax([some.mean(1) for some in own]), (len(candidates), len(settings["alphas"])))
-    return Choice((settings["alphas"][alpha],), candidates[best])
+        return Choice(tuple(alphas), candidates[int(np.argmax([some.targets.max(0).mean() for some in own]))])
+    best, alpha = np.unravel_index(np.argmax([some.targets.mean(1) for some in own]), (len(candidates), len(alphas)))
+    return Choice((alphas[alpha],), candidates[best], curve_of(alphas, own[best]) if len(alphas) > 1 else [])
 
 
 def candidates_of(subject: SubjectPlan) -> list[tuple[float, ...]]:

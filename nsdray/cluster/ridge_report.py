@@ -21,6 +21,46 @@ GROUP_TEXT = (
 )
 
 
+EDGE = 0.5
+"""Share of targets at an end of the grid above which the grid is too narrow."""
+CURVE_TEXT = (
+    "Curves: mean leave-one-out R² at each alpha with one standard error, over the left-out images (by GCV over the sampled "
+    "targets, which are not independent)."
+)
+
+
+def edge_warning(report: dict) -> str:
+    """What to say of ridge_report.json if the best alpha may lie outside of its grid; "" if nothing."""
+    for name, share in report["at_edge"].items():
+        if share > EDGE:
+            edge, whose = (min if name == "lowest" else max)(report["alphas"]), "the chosen alpha"
+            if report["per_target"]:
+                whose = f"the alpha of {share:.0%} of the targets"
+            further = "smaller" if name == "lowest" else "larger"
+            return f"{whose} is the {name} of the grid, {edge:g}; give {further} --ridge.alphas too"
+    return ""
+
+
+def curve_figure(plan: Plan, kind: str) -> Figure | None:
+    """Leave-one-out R2 over alpha with standard errors, a line per subject; None where alphas are fixed."""
+    lines, ticks = {}, []
+    for subject in plan.subjects:
+        curve = (ridge_records(subject, kind) or {}).get("curve")
+        if curve:
+            mean, error = (np.array([point[name] for point in curve]) for name in ("loo_r2", "error"))
+            lines[f"subject {subject.subject}"] = Line(range(len(curve)), mean, mean - error, mean + error)
+            ticks = [f"{point['alpha']:g}" for point in curve]
+    if not lines:
+        return None
+    chart = line_chart(lines, "alpha", "leave-one-out R²", ticks)
+    return Figure(chart, f"{kind}: leave-one-out R² by alpha, ± one standard error")
+
+
+def shown(value: float, form: str = ".3f") -> str:
+    """A number, or a dash for NaN."""
+    return "–" if np.isnan(value) else format(value, form)
+
+
 def ridge_records(subject: SubjectPlan, kind: str) -> dict | None:
     """Contents of ridge_report.json of the ridge that predicts a kind of targets; None if there is none."""
     plan = subject.plan
@@ -41,6 +81,7 @@ def ridge_table(plan: Plan) -> pd.DataFrame:
             for position, column in enumerate(report["columns"] if report else ()):
                 parts = {f"test_r2/{name}": value for name, value in column["test_r2_parts"].items()}
                 plain = {name: value for name, value in column.items() if name != "test_r2_parts"}
+                plain["loo_r2"] = np.nan if plain["loo_r2"] is None else plain["loo_r2"]
                 rows.append({"subject": subject.subject, "kind": kind, "position": position} | plain | parts)
     return pd.DataFrame(rows)
 
@@ -53,7 +94,9 @@ def ridge_scores(subject: SubjectPlan) -> dict[str, float]:
         if report:
             n = [column["n_targets"] for column in report["columns"]]
             for name in ("loo_r2", "test_r2"):
-                scores[f"ridge_{kind}_{name}"] = float(np.average([column[name] for column in report["columns"]], weights=n))
+                values = [column[name] for column in report["columns"]]
+                if None not in values:  # no leave-one-out R2 without leave-one-out predictions
+                    scores[f"ridge_{kind}_{name}"] = float(np.average(values, weights=n))
             scores[f"ridge_{kind}_alpha"] = float(np.median([column["alpha_median"] for column in report["columns"]]))
     return scores
 
@@ -64,18 +107,25 @@ def ridge_section(plan: Plan) -> Section | None:
     if not len(table):
         return None
     groups = [name for name in table.columns if name.startswith("test_r2/")]
-    figures, tables = [], [summary_table(plan, table)]
+    figures, tables, text = [], [summary_table(plan, table)], [TEXT, GROUP_TEXT] if groups else [TEXT]
     for kind, own in table.groupby("kind", sort=False):
         lines = {f"subject {subject}": Line(rows["position"], rows["loo_r2"]) for subject, rows in own.groupby("subject")}
         unit = "layer" if kind == "vdvae" else "token"
-        figures.append(Figure(line_chart(lines, unit, "leave-one-out R²"), f"{kind}: leave-one-out R² by {unit}"))
+        if own["loo_r2"].notna().any():
+            figures.append(Figure(line_chart(lines, unit, "leave-one-out R²"), f"{kind}: leave-one-out R² by {unit}"))
+        if (curve := curve_figure(plan, kind)) is not None:
+            figures.append(curve)
+            text = text if CURVE_TEXT in text else [*text, CURVE_TEXT]
+        for subject in plan.subjects:
+            if warning := edge_warning(ridge_records(subject, kind)):
+                text.append(f"Warning: subject {subject.subject}, {kind}: {warning}.")
         means = own.groupby("column", sort=False)[["alpha_min", "alpha_median", "alpha_max", "loo_r2", "test_r2", *groups]].mean()
         if groups:
             names = [name.removeprefix("test_r2/") for name in groups]
             picture = heat_map(means[groups].to_numpy().T, names, unit, "test R²")
             figures.append(Figure(picture, f"{kind}: test R² by voxel group, mean over subjects"))
         tables.append(column_table(kind, means, groups))
-    return Section("Ridge", [TEXT, GROUP_TEXT] if groups else [TEXT], tables, figures, side_by_side=True)
+    return Section("Ridge", text, tables, figures, side_by_side=True)
 
 
 def summary_table(plan: Plan, table: pd.DataFrame) -> Table:
@@ -90,7 +140,7 @@ def summary_table(plan: Plan, table: pd.DataFrame) -> Table:
                 penalties = ", ".join(f"{name} {value:g}" for name, value in report["penalties"].items()) or "–"
                 spread = f"{own['alpha_min'].min():g} … {own['alpha_max'].max():g}" if report["per_target"] else how
                 rows.append(Row([Cell(kind), Cell(str(subject.subject)), Cell(f"{scores[f'ridge_{kind}_alpha']:g}", spread),
-                                 *(Cell(f"{scores[f'ridge_{kind}_{name}']:.3f}") for name in ("loo_r2", "test_r2")),
+                                 *(Cell(shown(scores.get(f"ridge_{kind}_{name}", np.nan))) for name in ("loo_r2", "test_r2")),
                                  Cell(penalties)]))  # fmt: skip
     return Table(["targets", "subject", "alpha (median)", "LOO R²", "test R²", "penalties by group"], rows)
 
@@ -100,7 +150,7 @@ def column_table(kind: str, means: pd.DataFrame, groups: list[str]) -> Table:
     header = [kind, "alpha (median)", "LOO R²", "test R²", *(name.removeprefix("test_r2/") for name in groups)]
     rows = [
         Row([Cell(str(column)), Cell(f"{row['alpha_median']:g}", f"{row['alpha_min']:g} … {row['alpha_max']:g}"),
-             *(Cell(f"{row[name]:.3f}") for name in ("loo_r2", "test_r2", *groups))])
+             *(Cell(shown(row[name])) for name in ("loo_r2", "test_r2", *groups))])
         for column, row in means.iterrows()
     ]  # fmt: skip
     return Table(header, rows, f"{kind}: means over subjects", folded=True)

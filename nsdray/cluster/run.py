@@ -164,7 +164,7 @@ def fit_models(plan: Plan, tracker: Any) -> None:
     for fit in plan.fits:
         stage = plan.model(fit)
         stage.claim()
-        unfitted = [s for s in plan.subjects if stage.begin(s.folder, {"decoder.json": s.inputs})]
+        unfitted = [s for s in plan.subjects if stage.begin(s.folder, decoder_files(stage, s))]
         if fit.regressor == "ridge":  # its test predictions are made on the way
             unpredicted = [s for s in plan.subjects if plan.predictions(fit).begin(s.folder, s.wanted())]
             for subject in plan.subjects:
@@ -172,7 +172,12 @@ def fit_models(plan: Plan, tracker: Any) -> None:
                     ridges[subject].append(fit)
         else:
             train_networks(unfitted, fit, tracker)
-    gather([ref for subject, fits in ridges.items() for ref in ridge.fit_ridge(subject, fits)], "fit ridge", "decoder")
+    ridge.fit_ridges(ridges)
+
+
+def decoder_files(stage: Stage, subject: SubjectPlan) -> dict[str, Inputs]:
+    """Files of a subject's decoder: all that were there when it was finished, decoder.json in any case."""
+    return dict.fromkeys(["decoder.json", *stage.listed(subject.folder)], subject.inputs)
 
 
 @ray.remote(num_cpus=1)

@@ -6,6 +6,7 @@ LAPACK are the faster ones and work in place; torch's are there for GPUs (and, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,16 @@ def to_device(x: Array, device: str | None) -> Array:
 def to_numpy(x: Array) -> np.ndarray:
     """x as a NumPy array on the CPU."""
     return to_device(x, None)
+
+
+def device_of(x: Array) -> str | None:
+    """The device of an array, None for NumPy's."""
+    return None if isinstance(x, np.ndarray) else str(x.device)
+
+
+def dtype_of(x: Array) -> np.dtype:
+    """An array's precision, as NumPy names it."""
+    return np.dtype(str(x.dtype).removeprefix("torch."))
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype, device: str | None, order: str = "C") -> Array:
@@ -75,6 +86,28 @@ def add_gram(gram: Array, x: Array) -> None:
     syrk = linalg.get_blas_funcs("syrk", (gram,))
     out = syrk(1.0, x.T, beta=1.0, c=gram, trans=1, lower=1, overwrite_c=1)
     assert np.shares_memory(out, gram), "syrk copied its output"
+
+
+def symmetric_product(k: Array, right: Array) -> Array:
+    """k @ right for a symmetric k, its lower triangle given (in torch: all of it). right: (n, 1)."""
+    if isinstance(k, torch.Tensor):
+        return k @ right
+    symv, is_c = linalg.get_blas_funcs("symv", (k,)), k.flags.c_contiguous
+    return symv(1.0, k.T if is_c else k, right[:, 0], lower=not is_c)[:, None]
+
+
+def largest_eigenvalue(product: Callable[[Array], Array], like: Array, n_steps: int = 10) -> float:
+    """Of a positive definite matrix, from its products with a vector (n, 1): a lower bound, near enough to tell a condition's
+    order (power iteration). like: (n, n), of the precision and on the device of the vectors."""
+    start = np.random.default_rng(0).standard_normal((len(like), 1)).astype(dtype_of(like))
+    vector, size = to_device(start, device_of(like)), 0.0
+    for _ in range(n_steps):
+        vector = vector / float((vector * vector).sum()) ** 0.5
+        vector = product(vector)
+        size = float((vector * vector).sum()) ** 0.5
+        if not (math.isfinite(size) and size > 0):
+            break
+    return size
 
 
 @dataclass(frozen=True)

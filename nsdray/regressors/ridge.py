@@ -8,7 +8,10 @@ worked through in blocks, anywhere, and the n_voxels x n_targets weights need ne
 Voxels may have factors on their penalty (`penalties`; `nsdray.regressors.banded`): a penalty of alpha k_v on voxel v is that of
 alpha on the voxel divided by sqrt(k_v), so X below is (betas - mean) / sqrt(penalties).
 
-float32 is enough while alpha is not below some 1e-5 of the largest eigenvalue of X X', which no sensible alpha for fMRI is.
+Rounding errors in predictions grow as eps times the condition of X X' + alpha I (for n_samples > n_voxels its largest eigenvalue
+over alpha): measured, 0.4 eps times it by Cholesky, 2.5 by an eigendecomposition, relative to the predictions' deviation.
+Where eps times the condition is above MAX_ROUNDING, factors are refused: in float32 for alphas below some 1e-4 of the largest
+eigenvalue, unless the other eigenvalues are large.
 """
 from __future__ import annotations
 
@@ -25,8 +28,11 @@ from nsdray.regressors.linalg import (
     Scratch,
     add_gram,
     cholesky,
+    dtype_of,
     eigen,
     empty,
+    largest_eigenvalue,
+    symmetric_product,
     to_device,
     to_numpy,
 )
@@ -34,6 +40,8 @@ from nsdray.regressors.target_blocks import centre_targets, refuse_not_finite
 
 N_VOXELS_CHUNK = 2048
 """Voxels that are centred at a time, so that no second copy of the betas exists."""
+MAX_ROUNDING = 1e-3
+"""Machine epsilon times the condition of the factorised matrix, at most."""
 
 
 def ridge_predict(
@@ -118,7 +126,7 @@ class RidgeKernel:
     @property
     def dtype(self) -> np.dtype:
         """Precision of the kernel and of all that is computed with it."""
-        return np.dtype(str(self.gram_.dtype).removeprefix("torch."))
+        return dtype_of(self.gram_)
 
     def chunks(self, betas: np.ndarray, voxels: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, Array]]:
         """X's columns of any betas (n, n_voxels), some voxels at a time: their indices (k,), and (n, k) on the device, good until
@@ -155,28 +163,44 @@ class RidgeKernel:
         return out
 
     def factorise(self, alpha: float, overwrite: bool = False) -> RidgeFactor:
-        """For one alpha: n_samples^3 / 6 multiplications. overwrite: use the kernel's memory; it is spoilt then."""
+        """For one alpha: n_samples^3 / 6 multiplications. overwrite: use the kernel's memory; it is spoilt then. ValueError if
+        rounding would show in the results (MAX_ROUNDING)."""
         check_alpha(alpha)
+        gram = to_device(self.gram_, self.device)
+        largest = largest_eigenvalue(lambda vector: symmetric_product(gram, vector), gram)
         try:
-            return RidgeFactor(self, cholesky(to_device(self.gram_, self.device), alpha, overwrite))
+            inverse = cholesky(gram, alpha, overwrite)
         except np.linalg.LinAlgError as error:
-            raise ValueError(self._lost(alpha)) from error
+            raise ValueError(self._lost(alpha, math.inf)) from error
+        self._check_condition(alpha, (largest + alpha) * largest_eigenvalue(inverse.solve, inverse.factor))
+        return RidgeFactor(self, inverse)
 
     def decompose(self) -> Eigen:
         """For any number of alphas (`at`): some 30 times the work of one `factorise`."""
         return eigen(to_device(self.gram_, self.device))
 
     def at(self, alpha: float, decomposed: Eigen) -> RidgeFactor:
-        """The factor for an alpha from the eigendecomposition."""
-        check_alpha(alpha)
-        if alpha < 10 * np.finfo(self.dtype).eps * float(decomposed.values[-1]):
-            raise ValueError(self._lost(alpha))
+        """The factor for an alpha from the eigendecomposition. ValueError as `factorise`."""
+        self.check_alphas([alpha], decomposed)
         return RidgeFactor(self, decomposed.at(alpha))
 
-    def _lost(self, alpha: float) -> str:
+    def check_alphas(self, alphas: Sequence[float], decomposed: Eigen) -> None:
+        """ValueError if any is not above 0, or so small that rounding would show."""
+        smallest, largest = (float(decomposed.values[i]) for i in (0, -1))
+        for alpha in alphas:
+            check_alpha(alpha)
+            self._check_condition(alpha, (largest + alpha) / (smallest + alpha))
+
+    def _check_condition(self, alpha: float, condition: float) -> None:
+        if not condition * np.finfo(self.dtype).eps <= MAX_ROUNDING:
+            raise ValueError(self._lost(alpha, condition))
+
+    def _lost(self, alpha: float, condition: float) -> str:
+        remedy = "a larger alpha" if self.dtype == np.float64 else "float64 (--ridge.dtype float64) or a larger alpha"
         return (
-            f"ridge: alpha {alpha:g} is lost in the rounding of {self.dtype} betas (mean squared norm {self.shift_:g}); "
-            "give float64 betas or a larger alpha"
+            f"ridge: alpha {alpha:g} is lost in the rounding of {self.dtype}: the matrix to invert has a condition of "
+            f"{condition:.1e}, at most {MAX_ROUNDING / np.finfo(self.dtype).eps:.1e} is precise enough (mean squared norm of the "
+            f"betas: {self.shift_:g}). Use {remedy}"
         )
 
 
@@ -206,7 +230,13 @@ class RidgeFactor:
     def weights(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights (n_voxels, n_targets) and intercept (n_targets,): predictions are betas @ weights + intercept."""
         centred, mean = self.kernel.centre(targets)
-        return primal(self.kernel, to_numpy(self.inverse.solve(centred)), mean)
+        n_voxels, n_targets = len(self.kernel.mean_), len(mean)
+        if n_targets > n_voxels:  # whatever there is more of is multiplied once
+            basis, coefficients = training_basis(self.kernel, self.inverse), centred
+        else:
+            basis, coefficients = training_basis(self.kernel), self.inverse.solve(centred)
+        weights = to_numpy(to_device(basis, self.kernel.device).T @ coefficients)
+        return weights, mean - self.kernel.mean_.astype(weights.dtype) @ weights
 
     def smoother(self, betas_test: np.ndarray, voxels: np.ndarray | None = None) -> Array:
         """Matrix S (n_test, n_samples): predictions are S @ (targets - mean) + mean, with `centre`'s mean.
@@ -244,16 +274,15 @@ class RidgeFactor:
         return to_numpy(self.leave_one_out_smoother(rows) @ centred) + mean
 
 
-def primal(kernel: RidgeKernel, dual: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (n_voxels, n_targets) and intercept (n_targets,) from dual coefficients (n_samples, n_targets), which may be of
-    different alphas, and the targets' mean."""
-    weights = np.empty((len(kernel.mean_), dual.shape[1]), kernel.dtype)
-    coefficients = to_device(dual, kernel.device)
+def training_basis(kernel: RidgeKernel, inverse: Inverse | None = None, dtype: type | None = None) -> np.ndarray:
+    """What turns a voxel pattern into factors on training samples, (n_samples, n_voxels): with B this, predictions for betas are
+    (betas - kernel.mean_) @ B.T @ coefficients + mean. With an inverse, coefficients are the centred targets themselves; without,
+    the dual coefficients. dtype: None means the kernel's."""
+    basis = np.empty(kernel.betas.shape, dtype or kernel.dtype)
     for own, x in kernel.chunks(kernel.betas):
-        weights[own] = to_numpy(x.T @ coefficients)
-    if kernel.scale is not None:
-        weights *= kernel.scale[:, None].astype(kernel.dtype)
-    return weights, (mean - kernel.mean_ @ weights).astype(kernel.dtype)
+        part = to_numpy(x if inverse is None else inverse.solve(x))
+        basis[:, own] = part if kernel.scale is None else part * kernel.scale[own].astype(kernel.dtype)
+    return basis
 
 
 def check_alpha(alpha: float) -> None:

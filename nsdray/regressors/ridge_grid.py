@@ -21,12 +21,14 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
-from nsdray.regressors.linalg import Array, Eigen, empty, to_device, to_numpy
+from nsdray.regressors.linalg import Array, Eigen, device_of, dtype_of, empty, to_device, to_numpy
 from nsdray.regressors.ridge import RidgeFactor, RidgeKernel, check_rows
 from nsdray.regressors.scaling import moments
 from nsdray.regressors.target_blocks import TargetBlock
 
 Method = Literal["sample", "gcv", "all"]
+N_ROWS_CHUNK = 1024
+"""Rows that are left out at a time, so that no second block of targets exists."""
 T = TypeVar("T")
 
 
@@ -47,22 +49,37 @@ def fraction_left(lost: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return np.where(spread > 0, 1 - lost / np.where(spread > 0, spread, 1), 0)
 
 
+@dataclass(frozen=True)
+class AlphaScores:
+    """How well a block of targets is predicted at each alpha."""
+
+    targets: np.ndarray
+    """Leave-one-out R2 of each target, (n_alphas, n_targets) float64."""
+    images: np.ndarray | None = None
+    """The same of each left-out row, (n_alphas, n_rows) float64: 1 - (y_i - yhat_i)^2 relative to the mean over rows of
+    (y_i - ybar_i)^2, mean over targets. So it has the mean of `targets`, and its spread is that over images. None by "gcv"."""
+
+
 def alpha_scores(
     kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, method: Method = "gcv",
     rows: Sequence[int] | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Leave-one-out R2 of each target at each alpha, (n_alphas, n_targets) float64. rows: for "sample", the rows that count."""
+) -> AlphaScores:  # fmt: skip
+    """Leave-one-out R2 at each alpha. rows: for "sample", the rows that count. Beside the block, takes twice its memory for
+    leave-one-out and once for "gcv"."""
+    kernel.check_alphas(alphas, decomposed)
     rotated = decomposed.vectors.T @ block.centred
-    scores = gcv_scores if method == "gcv" else leave_one_out_scores
+    if method == "gcv":
+        return AlphaScores(gcv_scores(kernel, decomposed, alphas, block, rotated))
     used = check_rows(rows if method == "sample" else None, kernel.n_samples)
-    return scores(kernel, decomposed, alphas, block, rotated, used)
+    return leave_one_out_scores(kernel, decomposed, alphas, block, rotated, used)
 
 
-def gcv_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
-               rows: np.ndarray) -> np.ndarray:  # fmt: skip
-    """Generalised cross-validation. rotated: V' Y (n_samples, n_targets), overwritten."""
+def gcv_scores(
+    kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array
+) -> np.ndarray:
+    """Generalised cross-validation, (n_alphas, n_targets). rotated: V' Y (n_samples, n_targets), overwritten."""
     n, values = kernel.n_samples, to_numpy(decomposed.values).astype(np.float64)
-    spread = to_numpy((block.centred * block.centred).sum(0)).astype(np.float64) * (n / (n - 1)) ** 2
+    spread = to_numpy(sum_of_squares(block.centred)).astype(np.float64) * (n / (n - 1)) ** 2
     rotated *= rotated
     scores = []
     for alpha in alphas:
@@ -74,17 +91,27 @@ def gcv_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], 
 
 
 def leave_one_out_scores(kernel: RidgeKernel, decomposed: Eigen, alphas: Sequence[float], block: TargetBlock, rotated: Array,
-                         rows: np.ndarray) -> np.ndarray:  # fmt: skip
+                         rows: np.ndarray) -> AlphaScores:  # fmt: skip
     """Exact leave-one-out on some rows; see `RidgeFactor.leave_one_out_smoother`. rotated: V' Y (n_samples, n_targets)."""
-    n, vectors = kernel.n_samples, decomposed.vectors[rows]
-    truth = block.centred[rows] * (n / (n - 1))
-    scores = []
+    n, n_targets = block.centred.shape
+    parts = [rows[start : start + N_ROWS_CHUNK] for start in range(0, len(rows), N_ROWS_CHUNK)]
+    spread = sum(to_numpy(sum_of_squares(block.centred[part])).astype(np.float64) for part in parts) * (n / (n - 1)) ** 2
+    per_row = row_factors(spread, len(rows), block.centred)
+    by_target, by_row = [], []
     for alpha in alphas:
         inverse = 1 / (decomposed.values + alpha)
-        d = (vectors * vectors) @ inverse - 1 / (n * (alpha + kernel.shift_))
-        residual = (vectors @ (inverse[:, None] * rotated)) / d[:, None]
-        scores.append(r_squared(residual, truth))
-    return np.stack(scores)
+        scaled, lost, images = inverse[:, None] * rotated, np.zeros(n_targets), []
+        for part in parts:
+            vectors = decomposed.vectors[part]
+            residual = vectors @ scaled
+            residual /= ((vectors * vectors) @ inverse - 1 / (n * (alpha + kernel.shift_)))[:, None]
+            residual *= residual
+            lost += to_numpy(residual.sum(0))
+            images.append(to_numpy(residual @ per_row).astype(np.float64))
+        by_target.append(fraction_left(lost, spread))
+        by_row.append((spread > 0).mean() - np.concatenate(images))
+        del scaled
+    return AlphaScores(np.stack(by_target), np.stack(by_row))
 
 
 @dataclass(frozen=True)
@@ -104,7 +131,7 @@ class Smoothers:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(str(self.test.dtype).removeprefix("torch."))
+        return dtype_of(self.test)
 
 
 def make_smoothers(
@@ -139,7 +166,9 @@ class BlockFit:
     mean: np.ndarray
     """Training mean, (n_targets,) float64."""
     leave_one_out_r2: np.ndarray
-    """(n_targets,) float64; see this module's head."""
+    """(n_targets,) float64; see this module's head. NaN if no rows were left out."""
+    scores: AlphaScores | None = None
+    """Of the alphas that there were to choose from, if several."""
 
     def test(self, dtype: type | None = None) -> np.ndarray:
         """Test predictions (n_test, n_targets). dtype: None means as they were computed."""
@@ -147,7 +176,9 @@ class BlockFit:
         return np.add(whole, self._mean, np.empty(whole.shape, dtype or whole.dtype), casting="same_kind")
 
     def left_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the leave-one-out predictions, (n_targets,) float32."""
+        """Mean and standard deviation of the leave-one-out predictions, (n_targets,) float32. NaN if no rows were left out."""
+        if not len(self.left_out):
+            return np.full((2, len(self.mean)), np.nan, np.float32)
         mean, std = moments(to_numpy(self.left_out))
         return (mean + self.mean).astype(np.float32), std
 
@@ -166,33 +197,52 @@ class BlockFit:
 
     @property
     def _mean(self) -> np.ndarray:
-        return self.mean.astype(np.dtype(str(self.left_out.dtype).removeprefix("torch.")))
+        return self.mean.astype(dtype_of(self.left_out))
 
 
-def fit_block(smoothers: Smoothers, block: TargetBlock, scores: np.ndarray | None = None) -> BlockFit:
-    """Predict a block of targets. With several alphas, each target takes the best one: by scores (n_alphas, n_targets), or by
-    leave-one-out R2 on smoothers.rows if scores is None."""
+def fit_block(smoothers: Smoothers, block: TargetBlock, scores: AlphaScores | None = None) -> BlockFit:
+    """Predict a block of targets. With several alphas, each target takes the best one: by scores, or by leave-one-out R2 on
+    smoothers.rows if scores is None."""
     n, n_targets = block.centred.shape
     choice = np.zeros(n_targets, int)
+    truth = block.centred[smoothers.rows]
     if len(smoothers.alphas) == 1:
         left_out = smoothers.held_out[0] @ block.centred
     elif scores is not None:
-        choice = best(scores)
+        choice = best(scores.targets)
         left_out = empty((len(smoothers.rows), n_targets), smoothers.dtype, device_of(block.centred))
         by_choice(smoothers.held_out, block.centred, choice, left_out)
     else:
-        truth = block.centred[smoothers.rows]
         candidates = [smoother @ block.centred for smoother in smoothers.held_out]
-        choice = best(np.stack([r_squared(truth - candidate, truth) for candidate in candidates]))
+        scores = candidate_scores(candidates, truth, n / (n - 1))
+        choice = best(scores.targets)
         left_out = candidates[0]
         for a, candidate in enumerate(candidates):
             left_out[:, choice == a] = candidate[:, choice == a]
     parts = empty((smoothers.test.shape[1], smoothers.test.shape[2], n_targets), smoothers.dtype, device_of(block.centred))
     for g in range(len(parts)):
         by_choice(smoothers.test[:, g], block.centred, choice, parts[g])
-    truth = block.centred[smoothers.rows]
-    r2 = r_squared(truth - left_out, truth, n / (n - 1))
-    return BlockFit(choice, left_out, parts, block.mean, r2)
+    r2 = r_squared(truth - left_out, truth, n / (n - 1)) if len(truth) else np.full(n_targets, np.nan)
+    return BlockFit(choice, left_out, parts, block.mean, r2, scores)
+
+
+def candidate_scores(candidates: Sequence[Array], truth: Array, factor: float) -> AlphaScores:
+    """Of leave-one-out predictions (n_rows, n_targets) at each alpha. factor: makes of truth what it is less the others' mean."""
+    spread = to_numpy(sum_of_squares(truth)).astype(np.float64) * factor**2
+    per_row = row_factors(spread, len(truth), truth)
+    by_target, by_row = [], []
+    for candidate in candidates:
+        residual = truth - candidate
+        residual *= residual
+        by_target.append(fraction_left(to_numpy(residual.sum(0)), spread))
+        by_row.append((spread > 0).mean() - to_numpy(residual @ per_row).astype(np.float64))
+    return AlphaScores(np.stack(by_target), np.stack(by_row))
+
+
+def row_factors(spread: np.ndarray, n_rows: int, like: Array) -> Array:
+    """What a row's squared residuals (n_targets,) are multiplied with and summed, to be its share of `AlphaScores.images`."""
+    factors = np.divide(n_rows / len(spread), spread, out=np.zeros(len(spread)), where=spread > 0)
+    return to_device(factors.astype(dtype_of(like)), device_of(like))
 
 
 def best(scores: np.ndarray) -> np.ndarray:
@@ -210,11 +260,6 @@ def by_choice(smoothers: Array, centred: Array, choice: np.ndarray, out: Array) 
     for a in used:
         own = np.flatnonzero(choice == a)
         out[:, own] = smoothers[int(a)] @ centred[:, own]
-
-
-def device_of(x: Array) -> str | None:
-    """The device of an array, None for NumPy's."""
-    return None if isinstance(x, np.ndarray) else str(x.device)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

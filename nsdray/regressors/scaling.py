@@ -62,23 +62,27 @@ class Moments:
     @property
     def std(self) -> np.ndarray:
         """Standard deviation per column, ddof 1, (n_columns,) float32."""
+        return self.std_of(1)
+
+    def std_of(self, ddof: int) -> np.ndarray:
+        """The same with a divisor of n_samples - ddof."""
         self._require(2)
-        return np.sqrt(self._m2 / (self.n_samples - 1)).astype(np.float32)
+        return np.sqrt(self._m2 / (self.n_samples - ddof)).astype(np.float32)
 
     def _require(self, n: int) -> None:
         if self.n_samples < n:
             raise ValueError(f"moments of {self.n_samples} samples; at least {n} are needed")
 
 
-def moments(x: np.ndarray | Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (ddof 1) over the rows of x (n_samples, n_columns), each (n_columns,) float32.
+def moments(x: np.ndarray | Iterable[np.ndarray], ddof: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the rows of x (n_samples, n_columns), each (n_columns,) float32.
 
     x may be an iterable of such arrays. Accumulated in float64, N_VALUES_BATCH values at a time.
     """
     running = Moments()
     for part in [x] if hasattr(x, "ndim") else x:
         running.add(part)
-    return running.mean, running.std
+    return running.mean, running.std_of(ddof)
 
 
 def zscore(x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

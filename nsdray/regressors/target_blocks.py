@@ -7,8 +7,8 @@ import numpy as np
 
 from nsdray.regressors.linalg import Array, Scratch, copy_into, empty, to_device, to_numpy
 
-N_ROWS_CHUNK = 64
-"""Rows of targets that are converted at a time, so that they stay in the cache."""
+N_ROWS_CHUNK, N_ROWS_CHUNK_GPU = 64, 4096
+"""Rows of targets that are converted at a time: on a CPU they stay in the cache, on a GPU each time waits for it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ def centre_targets(
     centred = scratch.empty(targets.shape, dtype) if in_scratch else empty(targets.shape, dtype, device)
     n, first = len(targets), None
     total, squares = np.zeros((2, targets.shape[1]))
-    for start in range(0, n, N_ROWS_CHUNK):
-        part = centred[start : start + N_ROWS_CHUNK]
-        copy_into(part, targets[start : start + N_ROWS_CHUNK])
+    rows = N_ROWS_CHUNK if device is None else N_ROWS_CHUNK_GPU
+    for start in range(0, n, rows):
+        part = centred[start : start + rows]
+        copy_into(part, targets[start : start + rows])
         if first is None:  # near enough to the mean, and exact where a target is constant
             first = part[0] + 0
         part -= first

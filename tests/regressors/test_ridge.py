@@ -1,6 +1,8 @@
 """The closed form against scikit-learn's SVD solver, and leave-one-out against really leaving one out."""
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
@@ -35,9 +37,13 @@ def assert_close(ours: np.ndarray, reference: np.ndarray, tolerance: float = 1e-
 def test_agrees_with_scikit_learn(n, p, kind, alpha, device):
     betas, targets, betas_test = make_data(n, p, kind)
     reference = Ridge(alpha=alpha, solver="svd").fit(betas, targets)
-    assert_close(ridge_predict(betas, targets, betas_test, alpha, device), reference.predict(betas_test))
-    weights, intercept = factorise(betas, alpha, device=device).weights(targets)
-    assert_close(betas_test @ weights + intercept, reference.predict(betas_test))
+    exact = reference.predict(betas_test)
+    assert_close(ridge_predict(betas, targets, betas_test, alpha, device), exact)
+    centred = (betas_test - betas.mean(0)) @ reference.coef_.T  # without the mean, beside which a huge alpha leaves nothing
+    factor = factorise(betas, alpha, device=device)
+    assert_close(to_numpy(factor.smoother(betas_test) @ factor.centre(targets)[0]), centred)
+    weights, intercept = factor.weights(targets)
+    assert_close(betas_test @ weights + intercept, exact)
     if alpha > 1e-3:  # below, collinear voxels leave the weights themselves ill-determined
         assert_close(weights, reference.coef_.T, 1e-5)
         assert_close(intercept, reference.intercept_)
@@ -160,6 +166,44 @@ def test_alpha_lost_in_rounding_is_an_error(device):
     kernel = ridge_kernel(betas, device=device)
     with pytest.raises(ValueError, match="lost in the rounding of float32"):
         kernel.at(1e-6, kernel.decompose())
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("n, p", [(120, 180), (180, 120)])
+def test_float32_is_refused_or_precise(n, p, device):
+    random = np.random.default_rng(0)
+    common = random.standard_normal((n + 40, 3)) @ random.standard_normal((3, p))
+    betas = common + 0.3 * random.standard_normal((n + 40, p))
+    targets = betas[:n] @ random.standard_normal((p, 4)) / np.sqrt(p) + random.standard_normal((n, 4))
+    largest, single, refused = np.linalg.eigvalsh(np.cov(betas[:n].T))[-1] * (n - 1), betas.astype(np.float32), set()
+    for fraction in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        exact = Ridge(alpha=fraction * largest).fit(betas[:n], targets).predict(betas[n:])
+        kernel = ridge_kernel(single[:n], device=device)
+        for name, make in (("cholesky", kernel.factorise), ("eigen", lambda a, k=kernel: k.at(a, k.decompose()))):
+            try:
+                factor = make(fraction * largest)
+            except ValueError as error:
+                assert "condition of" in str(error) and "--ridge.dtype float64" in str(error)
+                refused.add((name, fraction))
+                continue
+            centred, mean = factor.centre(targets)
+            ours = to_numpy(factor.smoother(single[n:]) @ centred) + mean
+            assert np.abs(ours - exact).max() < (1e-3 if name == "cholesky" else 5e-3) * exact.std(), (name, fraction)
+    assert {("eigen", 1e-6), ("eigen", 1e-8)} <= refused and all(fraction < 1e-3 for _, fraction in refused)
+    assert n < p or ("cholesky", 1e-7) in refused  # with more voxels than samples no eigenvalue is small
+
+
+def test_weights_take_little_more_memory_than_they_have():
+    betas, targets = np.random.default_rng(0).standard_normal((2, 100, 800), np.float32)
+    targets = np.tile(targets, (1, 5))  # more targets than voxels
+    factor = factorise(betas, 100.0)
+    tracemalloc.start()
+    weights, _ = factor.weights(targets)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < weights.nbytes + targets.nbytes + 4 * betas.nbytes
+    few = [factor.weights(targets[:, start : start + 400])[0] for start in range(0, 4000, 400)]  # by dual coefficients
+    assert_close(weights, np.concatenate(few, 1), 1e-4)
 
 
 def test_penalties_must_fit_the_voxels():

@@ -3,16 +3,17 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from itertools import cycle
 
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
 from nsdray.regressors.banded import drawn_penalties, voxel_penalties
-from nsdray.regressors.linalg import to_numpy
+from nsdray.regressors.linalg import Scratch, to_numpy
 from nsdray.regressors.ridge import ridge_kernel
 from nsdray.regressors.ridge_grid import Smoothers, ahead, alpha_scores, best, fit_block, make_smoothers
-from nsdray.regressors.ridge_memory import check_memory, ridge_bytes
+from nsdray.regressors.ridge_memory import Weights, check_memory, ridge_bytes
 from nsdray.regressors.target_blocks import centre_targets
 
 ALPHAS = (1e-2, 1.0, 30.0, 1e3, 1e6)
@@ -65,9 +66,27 @@ def test_scores_of_alphas_are_those_of_a_loop(n, p, method, device):
     }
     reference = np.stack([loops[method](alpha) for alpha in ALPHAS])
     reference[:, 2] = 0  # the constant target
-    np.testing.assert_allclose(ours, reference, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(best(ours), best(reference))
-    assert len(set(best(ours))) > 1, "the targets should want different alphas"
+    np.testing.assert_allclose(ours.targets, reference, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(best(ours.targets), best(reference))
+    assert len(set(best(ours.targets))) > 1, "the targets should want different alphas"
+    assert (ours.images is None) == (method == "gcv")
+    if ours.images is not None:
+        assert ours.images.shape == (len(ALPHAS), len(rows) if method == "sample" else n)
+        np.testing.assert_allclose(ours.images.mean(1), ours.targets.mean(1), rtol=1e-9)
+        single = alpha_scores(kernel, kernel.decompose(), ALPHAS, block, "sample", rows).images
+        np.testing.assert_allclose(single, image_loop(betas, targets, rows), rtol=1e-6, atol=1e-6)
+
+
+def image_loop(betas: np.ndarray, targets: np.ndarray, rows: list[int]) -> np.ndarray:
+    """Each left-out row's share of R2, mean over targets."""
+    found = []
+    for alpha in ALPHAS:
+        predicted, _ = left_out_loop(betas, targets, alpha, rows)
+        means = np.stack([np.delete(targets, i, 0).mean(0) for i in rows])
+        spread = ((targets[rows] - means) ** 2).mean(0)
+        share = 1 - (targets[rows] - predicted) ** 2 / np.where(spread > 0, spread, 1)
+        found.append(np.where(targets.std(0) > 0, share, 0).mean(1))
+    return np.stack(found)
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
@@ -83,7 +102,10 @@ def test_each_target_has_its_own_alpha_s_predictions(n, p, device):
     exact[:, 2] = 0
     for scores in (None, alpha_scores(kernel, decomposed, ALPHAS, block, "gcv")):
         fitted = fit_block(smoothers, block, scores)
-        np.testing.assert_array_equal(fitted.choice, best(exact if scores is None else scores))
+        np.testing.assert_array_equal(fitted.choice, best(exact if scores is None else scores.targets))
+        if scores is None:
+            np.testing.assert_allclose(fitted.scores.targets, exact, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(fitted.scores.images, image_loop(betas, targets, rows), rtol=1e-6, atol=1e-6)
         assert len(set(fitted.choice)) > 1
         for j, a in enumerate(fitted.choice):
             reference = Ridge(alpha=ALPHAS[a], solver="svd").fit(betas, targets[:, j])
@@ -102,6 +124,14 @@ def test_one_alpha_needs_no_choice():
     fitted = fit_block(smoothers, centre_targets(targets[:30], np.float64))
     assert not fitted.choice.any() and len(smoothers.rows) == 30
     np.testing.assert_allclose(fitted.test(), Ridge(alpha=30.0).fit(betas, targets[:30]).predict(betas_test), rtol=1e-9)
+
+
+def test_without_leave_one_out_rows():
+    betas, targets, betas_test = make_data(30, 40)
+    kernel = ridge_kernel(betas)
+    fitted = fit_block(make_smoothers([kernel.factorise(30.0)], betas_test, []), centre_targets(targets[:30], np.float64))
+    np.testing.assert_allclose(fitted.test(), Ridge(alpha=30.0).fit(betas, targets[:30]).predict(betas_test), rtol=1e-9)
+    assert np.isnan(fitted.leave_one_out_r2).all() and np.isnan(fitted.left_out_moments()).all()
 
 
 def test_alphas_never_see_test_targets_or_betas():
@@ -166,7 +196,7 @@ def test_a_group_that_carries_the_signal_is_found():
     for factors in ((1.0, 1.0, 1.0), (100.0, 0.1, 100.0), (0.1, 100.0, 0.1)):
         kernel = ridge_kernel(betas[train], voxel_penalties(GROUPS, factors, 40))
         block = centre_targets(targets[train], np.float64)
-        blocks[factors] = alpha_scores(kernel, kernel.decompose(), [100.0], block, "all").mean()
+        blocks[factors] = alpha_scores(kernel, kernel.decompose(), [100.0], block, "all").targets.mean()
         parts = fit_block(make_smoothers([kernel.factorise(100.0)], betas[test], None, GROUPS), block).parts_of_r2(targets[test])
         if factors[0] == 1:
             assert (parts[1] > 0.3).all() and (np.abs(parts[[0, 2]]) < 0.1).all()
@@ -205,43 +235,111 @@ def test_ahead_keeps_order_and_works_beside_its_user():
         list(ahead(broken()))
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_estimate_bounds_what_is_used(dtype, decomposed):
-    n, p, n_test, n_targets = 900, 1500, 120, 700
-    random = np.random.default_rng(0)
-    half = random.standard_normal((n, n_targets)).astype(np.float16)
-    tracemalloc.start()
-    betas, betas_test = (random.standard_normal((rows, p), np.float32) for rows in (n, n_test))
-    peaks, needed = {}, ridge_bytes(n, p, n_test, n_test, n_targets, dtype, decomposed=decomposed)
+SIZES = dict(n_samples=900, n_voxels=1500, n_test=120, n_held_out=120, n_targets_block=700)
 
-    def phase(name: str) -> None:
-        peaks[name] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.reset_peak()
 
-    kernel = ridge_kernel(betas, dtype=dtype)
-    phase("kernel")
-    factor = kernel.at(50.0, kernel.decompose()) if decomposed else kernel.factorise(50.0)
-    smoothers = make_smoothers([factor], betas_test, np.arange(n_test))
-    phase("factorisation")
-    assert isinstance(smoothers, Smoothers)
-    del kernel, factor, betas, betas_test
-    tracemalloc.reset_peak()
-    for block in ahead(centre_targets(half, dtype) for _ in range(3)):
-        fit_block(smoothers, block).left_out_moments()
-    phase("targets")
-    tracemalloc.stop()
+def bounded(needed: dict[str, int], peaks: dict[str, int]) -> None:
+    """Asserts that the estimates are above what was used, or at most a tenth below, and not far above."""
     for name, peak in peaks.items():
         assert 0.7 * needed[name] < peak < 1.1 * needed[name], f"{name}: {peak / 1e6:.1f} MB, estimated {needed[name] / 1e6:.1f}"
 
 
+class Peaks(dict):
+    """Traced peaks by phase."""
+
+    def note(self, name: str) -> None:
+        self[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+
+
+@pytest.fixture
+def peaks():
+    tracemalloc.start()
+    yield Peaks()
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("how", ["cholesky", "eigen", "groups", "alphas"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_estimate_bounds_what_is_used(dtype, how, peaks):
+    n, p, n_test, n_targets = 900, 1500, 120, 700
+    random = np.random.default_rng(0)
+    groups = np.array_split(np.arange(p), 5) if how == "groups" else None
+    alphas = (40.0, 50.0, 60.0) if how == "alphas" else (50.0,)
+    decomposed = how in ("eigen", "alphas")
+    betas, betas_test = (random.standard_normal((rows, p), np.float32) for rows in (n, n_test))
+    needed = ridge_bytes(**SIZES, dtype=dtype, decomposed=decomposed, n_groups=len(groups or [0]), n_alphas=len(alphas))
+    kernel = ridge_kernel(betas, dtype=dtype)
+    peaks.note("kernel")
+    own = kernel.decompose() if decomposed else None
+    factors = [kernel.at(alpha, own) if decomposed else kernel.factorise(alpha) for alpha in alphas]
+    smoothers = make_smoothers(factors, betas_test, np.arange(n_test), groups)
+    peaks.note("factorisation")
+    assert isinstance(smoothers, Smoothers)
+    del kernel, own, factors, betas, betas_test
+    tracemalloc.reset_peak()
+    scratch, memory = Scratch(), cycle((Scratch(), Scratch()))
+
+    def halves():
+        for _ in range(3):
+            half = next(memory).empty((n, n_targets), np.float16)
+            half[:] = 1
+            half[:, 1] = np.arange(n)
+            yield half
+
+    for half in ahead(halves()):
+        fit_block(smoothers, centre_targets(half, dtype, scratch=scratch)).left_out_moments()
+    peaks.note("targets")
+    bounded(needed, peaks)
+
+
+@pytest.mark.parametrize("method", ["sample", "all", "gcv"])
+def test_the_estimate_bounds_a_search(method, peaks, monkeypatch):
+    n, p, n_targets = 900, 1500, 700
+    monkeypatch.setattr("nsdray.regressors.ridge_grid.N_ROWS_CHUNK", 128)
+    monkeypatch.setattr("nsdray.regressors.ridge_memory.N_ROWS_CHUNK", 128)
+    betas = np.random.default_rng(0).standard_normal((n, p), np.float32)
+    half = np.random.default_rng(1).standard_normal((n, 3 * n_targets)).astype(np.float16)
+    kernel = ridge_kernel(betas)
+    eigen = kernel.decompose()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    for start in range(0, 3 * n_targets, n_targets):
+        block = centre_targets(half[:, start : start + n_targets], np.float32)
+        alpha_scores(kernel, eigen, (50.0, 500.0), block, method, np.arange(100))
+        del block
+    used = tracemalloc.get_traced_memory()[1] - before
+    assert used < 1.1 * 4 * n * n_targets * (2 if method == "gcv" else 3) + 4 * 128 * (n + 2 * n_targets)
+    needed = ridge_bytes(**SIZES, decomposed=True, n_searched=3 * n_targets)["search"]
+    assert before + used < 1.1 * needed
+
+
+def test_weights_workers_and_searches_are_counted():
+    plain = ridge_bytes(**SIZES, keep=True)
+    two = ridge_bytes(**SIZES, keep=True, n_workers=2)
+    assert plain["targets"] < two["targets"] < 2 * plain["targets"] and two["kernel"] == plain["kernel"]
+    none = ridge_bytes(**SIZES, keep=True, n_workers=0)["targets"]
+    assert two["targets"] - none == 2 * (plain["targets"] - none)
+    n, p, block = SIZES["n_samples"], SIZES["n_voxels"], SIZES["n_targets_block"]
+    dual, primal = (ridge_bytes(**SIZES, keep=True, weights=Weights(500, own))["targets"] for own in (False, True))
+    assert dual - plain["targets"] == 4 * n * p + 2 * n * 500  # the basis, and a column of targets
+    assert primal - plain["targets"] == 4 * n * p + 4 * (p + n) * 500
+    several = ridge_bytes(**SIZES, keep=True, n_alphas=3, weights=Weights(500, False))["targets"]
+    assert several - ridge_bytes(**SIZES, keep=True, n_alphas=3)["targets"] > 4 * n * p + 5 * 4 * n * block
+    scored = ridge_bytes(**SIZES, keep=True, scored=True)["targets"]
+    assert scored - plain["targets"] > 2 * 4 * n * block
+
+
 def test_full_size_needs_less_than_6_gb():
-    sizes = dict(n_samples=8859, n_voxels=15_724, n_test=982, n_held_out=982, n_targets_block=4096, n_columns=4608)
+    sizes = dict(n_samples=8859, n_voxels=15_724, n_test=982, n_held_out=982, n_targets_block=4096, n_columns=4608, n_workers=2)
     for dtype in (np.float32, np.float64):
         assert max(ridge_bytes(**sizes, dtype=dtype, keep=True).values()) < 6e9
-    assert max(ridge_bytes(**sizes, dtype=np.float32, decomposed=True).values()) < 6e9
-    layers = sizes | dict(n_columns=4096 + 16_384, n_weights=16_384)  # the VDVAE's largest layer, its weights written
-    assert max(ridge_bytes(**layers, dtype=np.float32, keep=True).values()) < 6e9
+    grid = ridge_bytes(**sizes, dtype=np.float32, decomposed=True, n_searched=3 * 8192)
+    assert max(grid.values()) < 6e9
+    layers = sizes | dict(n_columns=4096 + 16_384)  # the VDVAE's largest layer
+    assert max(ridge_bytes(**layers, dtype=np.float32, keep=True, weights=Weights(16_384, False)).values()) < 6e9
+    layers["n_workers"] = 1
+    assert max(ridge_bytes(**layers, dtype=np.float32, keep=True, weights=Weights(16_384, True)).values()) < 6e9
 
 
 def test_a_problem_that_does_not_fit_says_so_with_numbers():
