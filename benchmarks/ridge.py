@@ -1,56 +1,63 @@
 """Ridge for all 347,680 targets of a subject (31 VDVAE layers, 257 vision, 77 text tokens) beside scikit-learn's, fit by fit.
 
-    python benchmarks/ridge.py                   # full size: 8,859 x 15,724 betas, 982 test images; 8 GB of disk, some 15 minutes
-    python benchmarks/ridge.py --fraction 0.1    # a tenth of the blocks of targets; what they take is scaled up, and said so
-    python benchmarks/ridge.py --scale 0.1       # a tenth of the images, voxels and test images, for a look
+    python benchmarks/ridge.py                   # full size: 8,859 x 15,724 betas, 982 test images; 12 GB of disk, 13 minutes
+    python benchmarks/ridge.py --fraction 0.1    # a tenth of the columns; what they take is scaled up, and said so
+    python benchmarks/ridge.py --scale 0.15      # of the images, voxels and test images, for a look
 
-Writes synthetic betas (float32) and targets (float16) as nsdray's Parquet to a temporary folder, then measures, each in a
-process of its own, one after the other:
+Writes synthetic betas (float32) and targets (float16) as nsdray's Parquet to a temporary folder, then measures, one after the
+other:
 
-- nsdray, in float64 and float32: everything from reading the betas to test predictions on disk (float32), targets read from
-  Parquet; for the predictions alone, and with the moments of leave-one-out predictions of as many training images;
+- nsdray: `nsdray.cluster.ridge.fit_ridges`, as the jobs call it, on a Ray cluster started for it (workers are there, with their
+  imports): from reading the betas to the test predictions on disk, with the errors and R2 that the report has. For the
+  predictions alone (no leave-one-out, no weights), with the moments of leave-one-out predictions of as many training images,
+  and by default: with moments, and with what decoding new images to VDVAE latents needs;
 - scikit-learn's Ridge as Brain-Diffuser uses it: one fit to a token's 768 targets and its test predictions, from arrays in
   memory, times 335 (a fit per token and one for the VDVAE, whose 91,168 targets would take longer);
-- himalaya's KernelRidge on the same token, if it is installed, and nsdray on the same token;
+- himalaya's KernelRidge on the same token, in float32 (its eigendecomposition would serve further tokens, too);
 - this machine's matrix products. The floor is the number of operations that nsdray's way needs, at that rate.
 
-Prints seconds (without imports), ratios, peak memory (of all processes that share the targets, together), and how far
-predictions of a token are off scikit-learn's in float64, relative to their standard deviation.
+Prints seconds, ratios, peak memory (proportional shares of this process, Ray's and all workers, the object store in them, every
+half second; and what they had before), and how far predictions of a token are off scikit-learn's in float64, relative to their
+standard deviation. Fails where that is above 1e-3.
 """
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
+import psutil
+import ray
 import torch
+from safetensors.numpy import load
 
-from nsdray.cluster.data import read_columns
-from nsdray.cluster.ridge_factors import N_TARGETS_BLOCK, equal_shares, pieces_of
-from nsdray.models.vdvae import VDVAEConfig
-from nsdray.regressors.linalg import Scratch, find_device
-from nsdray.regressors.ridge import ridge_kernel
-from nsdray.regressors.ridge_grid import Smoothers, ahead, fit_block, make_smoothers
+from nsdray.cluster import ridge
+from nsdray.cluster.data import read_samples, read_targets
+from nsdray.config import RidgeConfig
+from nsdray.nsd.rois import Voxels
+from nsdray.recipes import ridge_31
+from nsdray.regressors.linalg import find_device
 from nsdray.regressors.scaling import moments, zscore
-from nsdray.regressors.target_blocks import TargetBlock, centre_targets
-from nsdray.stages import Part, layer_name, token_names
-from nsdray.store import Stage, Store, table, view_column
+from nsdray.stages import Fit, Plan, SubjectPlan
+from nsdray.store import Store, table, view_column
 
-ALPHA, ROWS_PER_PART, TOKEN_WIDTH, N_FITS = 50_000.0, 512, 768, 335
-CHECKED = "token_000"
+ALPHA, TOKEN_WIDTH, N_FITS, TOLERANCE = 50_000.0, 768, 335, 1e-3
+TOKEN = "token_000"
 """Of clip_vision: the token that everybody fits."""
+RUNS = {
+    "predictions alone": ({"rescale": "none", "held_out": "none", "weights": "none"}, 80),
+    "with moments": ({"weights": "none"}, 50),
+    "by default (with weights)": ({}, None),
+}
+"""Settings of ridge, and how many times as fast as scikit-learn it should be in float64."""
 
 
 @dataclass(frozen=True)
@@ -59,175 +66,166 @@ class Sizes:
     n_test: int
     n_voxels: int
 
-    @property
-    def parts(self) -> list[Part]:
-        return Part.split(np.arange(self.n_train), ROWS_PER_PART)
+
+class Subject(SubjectPlan):
+    """A subject of these sizes, without files of NSD."""
+
+    def __init__(self, plan: Plan, sizes: Sizes):
+        super().__init__(plan, 1)
+        self.sizes, self.inputs = sizes, {}
+        self.voxels = Voxels(np.arange(sizes.n_voxels), (sizes.n_voxels, 1, 1), [""] * sizes.n_voxels, None)
+
+    def image_ids(self, split: str) -> np.ndarray:
+        n, m = self.sizes.n_train, self.sizes.n_test
+        return np.arange(n, dtype=np.int32) if split == "train" else np.arange(n, n + m, dtype=np.int32)
 
 
-def columns_of() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shape of a cell of every column, by kind."""
-    layers = VDVAEConfig.imagenet64().layer_shapes[:31]
-    return {
-        "vdvae": {layer_name(i): shape for i, shape in enumerate(layers)},
-        "clip_vision": dict.fromkeys(token_names(257), (TOKEN_WIDTH,)),
-        "clip_text": dict.fromkeys(token_names(77), (TOKEN_WIDTH,)),
-    }
+class SyntheticPlan(Plan):
+    """Ridge for all kinds of targets, or for a fraction of their columns, below a folder."""
+
+    def __init__(self, folder: str, sizes: Sizes, fraction: float = 1.0, **settings: object):
+        config = ridge_31()
+        self.config = replace(config, ridge=RidgeConfig(**settings), data=replace(config.data, subjects=(1,)))
+        self.store, self.is_simulated, self.fraction = Store(folder), False, fraction
+        self.samples, self.vdvae_sha256, self.clip_sha256 = self.store.stage("samples", {}), "", ""
+        self.subjects = [Subject(self, sizes)]
+
+    def chosen(self, kind: str) -> list[int]:
+        """Indices of the columns: evenly chosen, the first one always."""
+        n = len(super().columns(kind))
+        return np.linspace(0, n - 1, max(1, round(self.fraction * n))).round().astype(int).tolist()
+
+    def columns(self, kind: str) -> list[str]:
+        return [super(SyntheticPlan, self).columns(kind)[i] for i in self.chosen(kind)]
+
+    def shapes(self, kind: str) -> list[tuple[int, ...]]:
+        if kind != "vdvae":
+            return super().shapes(kind)  # as many as columns
+        return [super(SyntheticPlan, self).shapes(kind)[i] for i in self.chosen(kind)]
+
+    def n_targets(self, kinds: tuple[str, ...] | None = None) -> int:
+        return sum(int(np.prod(shape)) for kind in kinds or self.kinds for shape in self.shapes(kind))
 
 
-N_TARGETS = sum(int(np.prod(shape)) for columns in columns_of().values() for shape in columns.values())
+# Data.
 
 
-def stage_of(folder: str, name: str) -> Stage:
-    return Store(folder).stage(name, {})
-
-
-def write_data(folder: str, sizes: Sizes) -> dict:
+def write_data(plan: SyntheticPlan) -> None:
     """Betas that share some variance, as those of neighbouring voxels do; targets from a pool of normal numbers."""
-    random = np.random.default_rng(0)
-    shared = random.standard_normal((40, sizes.n_voxels), np.float32)
+    random, [subject] = np.random.default_rng(0), plan.subjects
+    shared = random.standard_normal((40, subject.sizes.n_voxels), np.float32)
     pool = random.standard_normal(1 << 24, np.float32).astype(np.float16)
 
     def betas(n: int) -> np.ndarray:
         common = random.standard_normal((n, 40), np.float32) @ shared * 0.2
-        return random.standard_normal((n, sizes.n_voxels), np.float32) + common
+        return random.standard_normal((n, subject.sizes.n_voxels), np.float32) + common
 
     def targets(n: int, shape: tuple[int, ...]) -> np.ndarray:
         size = n * int(np.prod(shape))
         start = int(random.integers(len(pool) - size))
         return pool[start : start + size].reshape(n, *shape)
 
-    for part in sizes.parts:
-        n = len(part.image_ids)
-        stage_of(folder, "samples").write("train", part.name, table({"image_id": part.image_ids, "betas": betas(n)}), {})
-        for kind, columns in columns_of().items():
-            data = {name: targets(n, shape) for name, shape in columns.items()}
-            stage_of(folder, f"targets/{kind}").write("train", part.name, table({"image_id": part.image_ids} | data), {})
-    ids = np.arange(sizes.n_test)
-    stage_of(folder, "samples").write("test", "part-0000.parquet", table({"image_id": ids, "betas": betas(len(ids))}), {})
-    return {}
+    for split in ("train", "test"):
+        for part in subject.parts(split):
+            n, ids = len(part.image_ids), {"image_id": part.image_ids}
+            plan.samples.write(subject.samples(split), part.name, table(ids | {"betas": betas(n)}), {})
+            for kind in plan.kinds:
+                data = {name: targets(n, shape) for name, shape in zip(plan.columns(kind), plan.shapes(kind))}
+                plan.targets(kind).write(subject.targets(split), part.name, table(ids | data), {})
 
 
-def read_betas(folder: str, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """z-scored training and test betas, float32, without second copies."""
-    stage, start = stage_of(folder, "samples"), 0
-    train = np.empty((sizes.n_train, sizes.n_voxels), np.float32)
-    for part in sizes.parts:
-        train[start : start + len(part.image_ids)] = view_column(stage.read("train", part.name, ["betas"]), "betas")
-        start += len(part.image_ids)
-    test = np.array(view_column(stage.read("test", "part-0000.parquet", ["betas"]), "betas"))
-    scale = moments(train)
-    for betas in (train, test):
-        for first in range(0, len(betas), ROWS_PER_PART):
-            betas[first : first + ROWS_PER_PART] = zscore(betas[first : first + ROWS_PER_PART], *scale)
-    return train, test
+def predicted(plan: SyntheticPlan) -> np.ndarray:
+    """What was written for the token's test images, before it was rescaled, (n_test, TOKEN_WIDTH)."""
+    [subject], fit = plan.subjects, Fit("ridge", "clip_vision")
+    stage = plan.predictions(fit)
+    found = np.concatenate([view_column(stage.read(subject.folder, p.name, [TOKEN]), TOKEN) for p in subject.parts("test")])
+    if plan.config.ridge.rescale == "none":
+        return found
+    scaling = load(plan.store.read_bytes(f"{plan.model(fit).folder}/{subject.folder}/scaling.safetensors"))
+    mean, std, to_mean, to_std = (scaling[name][:TOKEN_WIDTH].astype(np.float64) for name in
+                                  ("predictions_mean", "predictions_std", "latents_mean", "latents_std"))  # fmt: skip
+    return (found - to_mean) / to_std * std + mean
 
 
-def blocks(fraction: float) -> list[tuple[str, list[str]]]:
-    """Columns in blocks of at least N_TARGETS_BLOCK targets; a fraction of them, evenly chosen, the checked token's first."""
-    found: list[tuple[str, list[str]]] = []
-    for kind, columns in columns_of().items():
-        n = N_TARGETS_BLOCK
-        for name, shape in columns.items():
-            if n >= N_TARGETS_BLOCK:
-                found.append((kind, []))
-                n = 0
-            found[-1][1].append(name)
-            n += int(np.prod(shape))
-    found.sort(key=lambda block: CHECKED not in block[1] or block[0] != "clip_vision")
-    return [found[i] for i in np.linspace(0, len(found) - 1, max(1, round(fraction * len(found)))).round().astype(int)]
+# Measuring.
 
 
-def size_of(kind: str, names: list[str]) -> int:
-    return sum(int(np.prod(columns_of()[kind][name])) for name in names)
+class Memory(threading.Thread):
+    """Watches this process and all that it started."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._over = 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.5):
+            self.peak = max(self.peak, shared_bytes())
+
+    def stop(self) -> float:
+        """Largest sum, in bytes."""
+        self._over.set()
+        self.join()
+        return self.peak
 
 
-def measure_nsdray(folder: str, sizes: Sizes, dtype: str, with_moments: bool, fraction: float, token_only: bool) -> dict:
-    """Seconds before the targets, seconds for them, how many they were, and the workers' peak memory.
+def shared_bytes() -> float:
+    """Proportional set sizes of this process and of all below it: shared memory counts once."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            with open(f"/proc/{process.pid}/smaps_rollup") as file:
+                total += next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+        except (OSError, StopIteration):  # it has ended
+            continue
+    return total
 
-    As on a cluster: betas, kernel and factor by one process with all CPUs, then blocks of targets by workers with one CPU (or by
-    this process, if there is a GPU, or for one token).
-    """
-    alone = token_only or find_device() is not None
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers; this process has read it already
-    with nullcontext() if alone else multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
-        if pool:
-            pool.map(time.sleep, [1.0] * pool._processes, 1)  # imports are not counted
+
+@ray.remote(num_cpus=1)
+def import_all() -> None:
+    """Makes a worker import what the tasks need."""
+    import nsdray.cluster.ridge  # noqa: F401
+
+    time.sleep(1)
+
+
+def measure_nsdray(plan: SyntheticPlan) -> dict:
+    """Seconds, peak memory and that before, in bytes, and the token's predictions. What was written is removed."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        ray.get([import_all.remote() for _ in range(os.cpu_count())])
+        before, memory = shared_bytes(), Memory()
+        memory.start()
         started = time.perf_counter()
-        prepare(folder, sizes, dtype, with_moments)
-        prepared = time.perf_counter()
-        todo = [("clip_vision", [CHECKED])] if token_only else blocks(fraction)
-        n = 1 if alone else 4 * pool._processes
-        targets = [size_of(*block) for block in todo]
-        shares = [(folder, sizes, dtype, with_moments, todo[share]) for share in equal_shares(targets, n)]
-        found = [solve_blocks(*shares[0])] if alone else pool.starmap(solve_blocks, shares, 1)
-    merged = {"before": prepared - started, "targets": time.perf_counter() - prepared, "checked": found[0]["checked"]}
-    peaks: dict[int, float] = {}
-    for own in found:
-        peaks[own["pid"]] = max(peaks.get(own["pid"], 0), own["peak"])
-    return merged | {"n_targets": sum(own["n_targets"] for own in found), "workers": sum(peaks.values())}
+        ridge.fit_ridges({plan.subjects[0]: plan.fits})
+        seconds = time.perf_counter() - started
+        found = {"seconds": seconds, "peak": memory.stop(), "before": before, "checked": predicted(plan)}
+    finally:
+        ray.shutdown()
+        for name in ("models", "predictions"):
+            shutil.rmtree(f"{plan.store.root}/{name}", ignore_errors=True)
+    return found
 
 
-def prepare(folder: str, sizes: Sizes, dtype: str, with_moments: bool) -> None:
-    """From betas to smoothers, in files that the workers map."""
-    train, test = read_betas(folder, sizes)
-    rows = np.linspace(0, sizes.n_train - 1, sizes.n_test).astype(int) if with_moments else []
-    kernel = ridge_kernel(train, dtype=np.dtype(dtype), device=find_device())
-    smoothers = make_smoothers([kernel.factorise(ALPHA, overwrite=True)], test, rows).to(None)
-    for name in ("rows", "held_out", "test"):
-        np.save(Path(folder) / f"{name}.npy", getattr(smoothers, name))
-
-
-def solve_blocks(folder: str, sizes: Sizes, dtype: str, with_moments: bool, todo: list[tuple[str, list[str]]]) -> dict:
-    """Predictions of some blocks of columns, to a file."""
-    device, parts = find_device(), [part.name for part in sizes.parts]
-    arrays = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("rows", "held_out", "test"))
-    smoothers, n_targets, checked = Smoothers((ALPHA,), *arrays).to(device), 0, None
-
-    def blocks_read() -> Iterator[tuple[bool, np.ndarray]]:
-        for (kind, names), memory in zip(todo, cycle((Scratch(), Scratch()))):
-            half = read_columns(stage_of(folder, f"targets/{kind}"), "train", parts, names, sizes.n_train, memory)
-            yield kind == "clip_vision" and names[0] == CHECKED, half
-
-    def pieces() -> Iterator[tuple[bool, TargetBlock]]:
-        scratch = Scratch()
-        for is_checked, half in ahead(blocks_read()):
-            for own in pieces_of(half.shape[1]):
-                yield is_checked and own.start == 0, centre_targets(half[:, own], np.dtype(dtype), device, scratch=scratch)
-
-    with open(Path(folder) / f"predictions-{os.getpid()}.bin", "ab") as file:
-        for is_checked, block in pieces():
-            fitted = fit_block(smoothers, block)
-            predictions = fitted.test(np.float32)
-            predictions.tofile(file)
-            if with_moments:
-                fitted.left_out_moments()
-            if is_checked:
-                checked = predictions[:, :TOKEN_WIDTH].copy()
-            n_targets += predictions.shape[1]
-    return {"n_targets": n_targets, "checked": checked, "pid": os.getpid(), "peak": peak_bytes() / 1e9}
-
-
-def read_token(folder: str, sizes: Sizes) -> np.ndarray:
-    stage = stage_of(folder, "targets/clip_vision")
-    return read_columns(stage, "train", [part.name for part in sizes.parts], [CHECKED], sizes.n_train)
-
-
-def measure_one_fit(folder: str, sizes: Sizes, dtype: str, library: str) -> dict:
+def measure_one_fit(plan: SyntheticPlan, dtype: str, library: str) -> dict:
     """Seconds of a fit to one token and its test predictions, arrays in memory."""
-    train, test = (betas.astype(dtype) for betas in read_betas(folder, sizes))
-    targets = read_token(folder, sizes).astype(dtype)
+    [subject] = plan.subjects
+    (_, train), (_, test) = (read_samples(subject, split) for split in ("train", "test"))
+    scale = moments(train)
+    train, test = (zscore(betas, *scale).astype(dtype) for betas in (train, test))
+    targets = read_targets(subject, "train", [TOKEN], "clip_vision").astype(dtype)
     if library == "scikit-learn":
         from sklearn.linear_model import Ridge
 
-        model = Ridge(alpha=ALPHA)
+        model, mean = Ridge(alpha=ALPHA), 0
     else:
         from himalaya.kernel_ridge import KernelRidge
 
-        targets = targets - targets.mean(0)
-        model = KernelRidge(alpha=ALPHA, kernel="linear")
+        model, mean = KernelRidge(alpha=ALPHA, kernel="linear"), targets.mean(0)  # it has no intercept
+    memory = Memory()
+    memory.start()
     started = time.perf_counter()
-    checked = model.fit(train, targets).predict(test)
-    return {"targets": time.perf_counter() - started, "checked": checked}
+    checked = model.fit(train, targets - mean).predict(test) + mean
+    return {"seconds": time.perf_counter() - started, "checked": checked, "peak": memory.stop()}
 
 
 def measure_rate(sizes: Sizes, dtype: str) -> dict:
@@ -253,31 +251,19 @@ def measure_rate(sizes: Sizes, dtype: str) -> dict:
     return {"NumPy": best(lambda: a @ b), f"torch on {device}": best(by_torch)}
 
 
-def operations(sizes: Sizes, with_moments: bool) -> float:
+def operations(plan: SyntheticPlan) -> float:
     """Of the products that nsdray's way cannot do without; a multiplication and an addition count as two."""
+    sizes, config = plan.subjects[0].sizes, plan.config.ridge
     n, p, m = sizes.n_train, sizes.n_voxels, sizes.n_test
     once = n * n * p + n**3 / 3 + 2 * m * n * p  # half of X X', Cholesky, test kernel
-    return once + (2 if with_moments else 1) * (2 * m * n * n + 2 * m * n * N_TARGETS)  # solving for smoothers, smoothing
+    basis = 2 * n * n * p if config.weights != "none" else 0
+    return once + basis + (1 if config.held_out == "none" else 2) * (2 * m * n * n + 2 * m * n * plan.n_targets())
 
 
 def apart(function: Callable[..., dict], *arguments: object) -> dict:
-    """Its result in a process of its own, with that process's peak memory in GB."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # may start processes itself
-        return pool.submit(_with_peak, function, arguments).result()
-
-
-def _with_peak(function: Callable[..., dict], arguments: tuple) -> dict:
-    found = function(*arguments)
-    gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
-    return found | {"peak": peak_bytes() / 1e9, "gpu": gpu}
-
-
-def peak_bytes() -> int:
-    """Of this process. On Linux from /proc: ru_maxrss begins with what the parent had when it forked."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Its result in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def difference(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -285,60 +271,69 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(ours - reference).max() / reference.std())
 
 
-def line(what: str, seconds: float, found: dict, note: str = "") -> None:
-    gpu = f", GPU {found['gpu']:.2f} GB" if found["gpu"] else ""
-    peak = max(found["peak"], found.get("workers", 0))
-    print(f"  {what:38s}{seconds:8.1f} s   peak {peak:5.2f} GB{gpu}   {note}", flush=True)
+def line(what: str, found: dict, note: str) -> None:
+    before = f" ({found['before'] / 1e9:.2f} before)" if "before" in found else ""
+    print(f"  {what:50s}{found['seconds']:8.1f} s   peak {found['peak'] / 1e9:5.2f} GB{before}   {note}", flush=True)
 
 
-def compare(folder: str, sizes: Sizes, dtype: str, fraction: float, exact: np.ndarray) -> None:
-    """Print everything in one precision. exact: predictions of the checked token by scikit-learn in float64."""
-    rates = {name: rate for name, rate in apart(measure_rate, sizes, dtype).items() if name not in ("peak", "gpu")}
+def compare(folder: str, sizes: Sizes, dtype: str, fraction: float, exact: dict) -> list[float]:
+    """Print everything in one precision; how far nsdray's predictions are off. exact: scikit-learn's fit in float64."""
+    rates = apart(measure_rate, sizes, dtype)
     print(f"{dtype}: matrix products by " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
-    single = apart(measure_one_fit, folder, sizes, dtype, "scikit-learn")
-    slow = single["targets"] * N_FITS
-    line("scikit-learn, a token", single["targets"], single, f"off by {difference(single['checked'], exact):.1e}")
-    print(f"  scikit-learn, times {N_FITS:<18d}{slow:8.0f} s")
-    token = apart(measure_nsdray, folder, sizes, dtype, False, fraction, True)
-    line("nsdray, this token, from Parquet", token["before"] + token["targets"], token)
-    if importlib.util.find_spec("himalaya"):
-        other = apart(measure_one_fit, folder, sizes, dtype, "himalaya")
-        centred = exact - read_token(folder, sizes).mean(0, dtype=np.float64)
-        line("himalaya's KernelRidge, this token", other["targets"], other, f"off by {difference(other['checked'], centred):.1e}")
-    else:
-        print("  himalaya is not installed: skipped")
-    for with_moments, goal in ((False, 80), (True, 50)):
-        found = apart(measure_nsdray, folder, sizes, dtype, with_moments, fraction, False)
-        seconds = found["before"] + found["targets"] * N_TARGETS / found["n_targets"]
-        work = operations(sizes, with_moments)
-        floor = work / max(rates.values())
-        note = f"off by {difference(found['checked'], exact):.1e}; {found['before']:.1f} s before the targets"
-        if found["n_targets"] < N_TARGETS:
-            note += f"; scaled up from {found['n_targets']:,} targets"
-        line(f"nsdray, all targets{', with moments' if with_moments else ''}", seconds, found, note)
-        print(f"    {slow / seconds:.0f} times as fast as scikit-learn (goal: {goal})")
-        print(f"    {seconds / floor:.2f} times the floor (goal: 1.5), {floor:.1f} s for {work / 1e12:.1f} TFLOP", flush=True)
+    plan, found = SyntheticPlan(folder, sizes), {"scikit-learn": exact}
+    if dtype != "float64":
+        found = {name: apart(measure_one_fit, plan, dtype, name) for name in ("scikit-learn", "himalaya")}
+    for name, single in found.items():
+        note = f"off by {difference(single['checked'], exact['checked']):.1e}"
+        line(f"{name}'s ridge, a token", single, note)
+    print(f"  scikit-learn's, times {N_FITS}: {found['scikit-learn']['seconds'] * N_FITS:.0f} s")
+    slow, off = found["scikit-learn"]["seconds"] * N_FITS, []
+    for name, (settings, goal) in RUNS.items():
+        if goal is None and dtype == "float64":
+            continue
+        own, full = (SyntheticPlan(folder, sizes, part, dtype=dtype, **settings) for part in (fraction, 1.0))
+        ours, scaled = measure_nsdray(own), operations(full) / operations(own)
+        off.append(difference(ours["checked"], exact["checked"]))
+        note = f"off by {off[-1]:.1e}" + (f"; {own.n_targets():,} targets, scaled up by {scaled:.2f}" if fraction < 1 else "")
+        seconds, floor = ours["seconds"] * scaled, operations(full) / max(rates.values())
+        line(f"nsdray, all targets, {name}", ours | {"seconds": seconds}, note)
+        wanted = f" (goal: {goal})" if goal and dtype == "float64" else ""
+        print(f"    {slow / seconds:.0f} times as fast as scikit-learn in {dtype}{wanted}; "
+              f"{exact['seconds'] * N_FITS / seconds:.0f} times as in float64")  # fmt: skip
+        print(f"    {seconds / floor:.2f} times the floor (goal: 1.5), {floor:.1f} s for {operations(full) / 1e12:.1f} TFLOP",
+              flush=True)  # fmt: skip
+    return off
+
+
+def disk_bytes(plan: SyntheticPlan) -> int:
+    """What is on disk at once at most: betas, targets, predictions, and the VDVAE's weights."""
+    s, n_targets = plan.subjects[0].sizes, plan.n_targets()
+    data = (s.n_train + s.n_test) * (4 * s.n_voxels + 2 * n_targets) + 4 * s.n_test * n_targets
+    return data + 2 * s.n_train * plan.n_targets(("vdvae",)) + 4 * s.n_train * s.n_voxels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the blocks of targets")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the columns of targets")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images and voxels")
     parser.add_argument("--folder", default=None, help="where to put the temporary folder")
     arguments = parser.parse_args()
-    sizes = Sizes(*(max(2, round(arguments.scale * size)) for size in (8859, 982, 15_724)))
-    n_bytes = 2 * sizes.n_train * N_TARGETS + 4 * sizes.n_test * N_TARGETS + 4 * sizes.n_train * sizes.n_voxels
+    sizes, started = Sizes(*(max(2, round(arguments.scale * size)) for size in (8859, 982, 15_724))), time.perf_counter()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < 1.1 * n_bytes:
-            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, but needs {1.1 * n_bytes / 1e9:.1f} GB: choose a --folder")
+        plan = SyntheticPlan(folder, sizes)
+        free, n_bytes = shutil.disk_usage(folder).free, 1.05 * disk_bytes(plan)
+        if free < n_bytes:
+            raise SystemExit(f"{folder} has {free / 1e9:.1f} GB free, but needs {n_bytes / 1e9:.1f} GB: choose a --folder")
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-        print(f"Ridge, {device}: {sizes.n_train:,} x {sizes.n_voxels:,} betas, {N_TARGETS:,} targets, {sizes.n_test} test images",
-              flush=True)  # fmt: skip
-        apart(write_data, folder, sizes)
-        exact = apart(measure_one_fit, folder, sizes, "float64", "scikit-learn")["checked"]
-        for dtype in ("float64", "float32"):
-            compare(folder, sizes, dtype, arguments.fraction, exact)
+        print(f"Ridge, {device}: {sizes.n_train:,} x {sizes.n_voxels:,} betas, {plan.n_targets():,} targets, {sizes.n_test} test "
+              "images", flush=True)  # fmt: skip
+        apart(write_data, plan)
+        exact = apart(measure_one_fit, plan, "float64", "scikit-learn")
+        off = [compare(folder, sizes, dtype, arguments.fraction, exact) for dtype in ("float64", "float32")]
+    worst = max(sum(off, []))
+    print(f"{time.perf_counter() - started:.0f} s in all; predictions are off by at most {worst:.1e}")
+    if not worst <= TOLERANCE:
+        raise SystemExit(f"predictions are off scikit-learn's by {worst:.1e} of their deviation, more than {TOLERANCE:g}")
 
 
 if __name__ == "__main__":

@@ -232,6 +232,17 @@ def test_a_cluster_that_will_do(config):
     assert "take one with more" in wrong(resource_findings(plan, TOTAL, [small]))["memory of a node"]
 
 
+def test_memory_and_weights_of_ridge_are_told(config):
+    plan = Plan(replace(config, models=("ridge",)))
+    found = {finding.what: finding for finding in resource_findings(plan, TOTAL, [NODE, NODE])}
+    assert found["memory of ridge"].ok and "all its workers and the object store" in found["memory of ridge"].found
+    assert "TFLOP, for decoding new images; without: --ridge.weights none" in found["weights ridge-3"].found
+    small = {"NodeManagerHostname": "b", "Resources": {"CPU": 16.0, "GPU": 4.0, "memory": 1e5, "object_store_memory": 1e5}}
+    assert "Use a larger node" in wrong(resource_findings(plan, TOTAL, [small]))["memory of ridge"]
+    without = Plan(replace(config, models=("ridge",), ridge=replace(config.ridge, weights="none")))
+    assert "weights ridge-3" not in {finding.what for finding in resource_findings(without, TOTAL, [NODE])}
+
+
 def test_memory_of_a_node_is_shared_by_its_replicas(config):
     """On CPUs: the largest node's memory, whatever the head has, over the replicas that may come to lie there."""
     plan, most = Plan(replace(config, cluster=ClusterConfig(n_replicas=6))), max(replica_weights(Plan(config)).values())

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load
 
 from nsdray.store import Store, local_folder, resolve_root, table, view_column
 
@@ -28,6 +29,17 @@ def test_arrays_come_back_as_they_were(stage, dtype):
     np.testing.assert_array_equal(view_column(data, "image_id"), ids)
     groups = stage.read("subject=01", "part.parquet", ["z"], [1, 3])  # of 64 rows
     np.testing.assert_array_equal(view_column(groups, "z"), array[[*range(64, 128), *range(192, 200)]])
+
+
+def test_tensors_are_safetensors(stage):
+    random = np.random.default_rng(0)
+    arrays = {"a": random.standard_normal((3, 5)).astype(np.float16)[:, ::2], "b": random.standard_normal((7, 2)), "c": np.ones(3)}
+    arrays["c"] = arrays["c"].astype(np.float32)
+    stage.store.write_tensors("x.safetensors", arrays)
+    found = load(stage.store.read_bytes("x.safetensors"))
+    assert found.keys() == arrays.keys() and all(found[name].dtype == arrays[name].dtype for name in arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_views_do_not_copy(stage):

@@ -253,7 +253,7 @@ def most_of(resource: str, nodes: list[dict[str, Any]]) -> float:
 
 
 def ridge_finding(plan: Plan, nodes: list[dict[str, Any]]) -> Finding:
-    """What a subject's ridges hold on the largest node, with as many workers as run side by side, the object store included."""
+    """What a subject's ridges hold on the largest node, with as many workers as it runs at once, the object store included."""
     fits = [fit for fit in plan.fits if fit.regressor == "ridge"]
     largest = max((node["Resources"] for node in nodes), key=lambda own: own.get("memory", 0))
     memory, room = largest.get("memory", 0), largest.get("memory", 0) + largest.get("object_store_memory", 0)

@@ -23,6 +23,7 @@ def test_moments_against_numpy(x):
     np.testing.assert_allclose(mean, x.mean(0, dtype=np.float64), rtol=2e-7, atol=1e-7)
     np.testing.assert_allclose(std, x.astype(np.float64).std(0, ddof=1), rtol=2e-7, atol=1e-12)
     assert (std[4:] == 0).all()
+    np.testing.assert_allclose(moments(x, ddof=0)[1], x.astype(np.float64).std(0), rtol=2e-7, atol=1e-12)
 
 
 def test_memory_of_a_large_batch(x, monkeypatch):
