@@ -277,16 +277,16 @@ def run_replicas(plan: Plan, calls: list[tuple[str, tuple[Any, ...]]], descripti
                     n_used_up[id(call)] += 1
                     if n_used_up[id(call)] == 2:
                         raise
+                    record("nsdray_replica_restarts", 1)
                     replicas[replica] = actor.remote(*arguments)
                     waiting.insert(0, call)
-                    idle.append(replica)
-                    continue
+                else:
+                    record_shard(call, replica, time.perf_counter() - started)
+                    done[partition_of(call)] += 1
+                    progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
+                    progress.update()
                 unreachable.pop(replica, None)
                 idle.append(replica)
-                record_shard(call, replica, time.perf_counter() - started)
-                done[partition_of(call)] += 1
-                progress.set_postfix({name: f"{done[name]}/{n}" for name, n in totals.items()}, refresh=False)
-                progress.update()
     record_queue(calls, [], [])
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKOUT = Path(__file__).parents[2]
 SMALL = """
     mini --data.subjects 1 --n-layers 3 --targets.n-layers 3 --simulation.n-train 96 --simulation.n-test 12
@@ -14,6 +16,7 @@ SMALL = """
 """.split()
 
 
+@pytest.mark.slow
 def test_pictures_are_made_without_the_weights_of_metrics(tmp_path):
     command = [sys.executable, "jobs/reconstruct_test_set.py", *SMALL, "--store.root", str(tmp_path / "store"),
                "--evaluation.weights", str(tmp_path)]  # fmt: skip
