@@ -33,8 +33,8 @@ def test_arrays_come_back_as_they_were(stage, dtype):
 
 def test_tensors_are_safetensors(stage):
     random = np.random.default_rng(0)
-    arrays = {"a": random.standard_normal((3, 5)).astype(np.float16)[:, ::2], "b": random.standard_normal((7, 2)), "c": np.ones(3)}
-    arrays["c"] = arrays["c"].astype(np.float32)
+    arrays = {"a": random.standard_normal((3, 5)).astype(np.float16)[:, ::2], "b": random.standard_normal((7, 2)),
+              "c": np.ones(3, np.float32)}  # fmt: skip
     stage.store.write_tensors("x.safetensors", arrays)
     found = load(stage.store.read_bytes("x.safetensors"))
     assert found.keys() == arrays.keys() and all(found[name].dtype == arrays[name].dtype for name in arrays)
