@@ -89,6 +89,7 @@ class SyntheticPlan(Plan):
         self.store, self.is_simulated, self.fraction = Store(folder), False, fraction
         self.samples, self.vdvae_sha256, self.clip_sha256 = self.store.stage("samples", {}), "", ""
         self.subjects = [Subject(self, sizes)]
+        self.shared_images = self.subjects[0].image_ids("test")
 
     def chosen(self, kind: str) -> list[int]:
         """Indices of the columns: evenly chosen, the first one always."""
@@ -158,8 +159,10 @@ class Memory(threading.Thread):
         self.peak, self._over = 0.0, threading.Event()
 
     def run(self) -> None:
-        while not self._over.wait(0.5):
+        while True:
             self.peak = max(self.peak, shared_bytes())
+            if self._over.wait(0.5):
+                break
 
     def stop(self) -> float:
         """Largest sum, in bytes."""

@@ -1,11 +1,15 @@
 """Ridge's options on a cluster: grids, voxel groups, dual coefficients, memory; against scikit-learn on the same shards."""
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from ray import cloudpickle
 from safetensors.numpy import load
 from sklearn.linear_model import Ridge
 
@@ -215,6 +219,23 @@ def test_only_latents_have_errors_beside_their_predictions(finished):
     for fit in finished.fits:
         part = finished.predictions(fit).read(finished.subjects[0].folder, "part-0000.parquet")
         assert any(name.endswith("/matched") for name in part.column_names) == (fit.kind == "vdvae")
+
+
+def test_the_benchmark_measures_the_job(cluster, tmp_path, monkeypatch):
+    """At a size that takes seconds: its plan has all that `fit_ridges` asks of one."""
+    spec = importlib.util.spec_from_file_location("ridge_benchmark", Path(__file__).parents[2] / "benchmarks" / "ridge.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    cloudpickle.register_pickle_by_value(benchmark)  # workers cannot import it
+    sizes = benchmark.Sizes(40, 8, 60)
+    plan = benchmark.SyntheticPlan(str(tmp_path), sizes, 0.02)
+    benchmark.write_data(plan)
+    exact = benchmark.measure_one_fit(plan, "float64", "scikit-learn")["checked"]
+    for settings, _ in benchmark.RUNS.values():
+        own = benchmark.SyntheticPlan(str(tmp_path), sizes, 0.02, **settings)
+        ridge.fit_ridges({own.subjects[0]: own.fits})
+        assert benchmark.difference(benchmark.predicted(own), exact) < 1e-4
 
 
 # Sizes and shares.
