@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from nsdray.nsd.design import planned_trials, protocol_sessions, trials
+from nsdray.nsd.design import planned_trials, protocol_sessions, shared_images, trials
 
 COUNTS = {1: 18, 2: 18, 3: 18}
 
@@ -76,6 +76,7 @@ def test_trials_equal_a_plain_loop(mini, subject):
             row += 1
         seen[image_id] = seen.get(image_id, 0) + 1
     assert row == len(found.trial) == 36
+    np.testing.assert_array_equal(shared_images(mini) + 1, design["sharedix"].ravel())
     assert [getattr(found, name).dtype.str[1:] for name in ("trial", "session", "image_id", "repeat", "is_test")] == [
         "i4", "i2", "i4", "i2", "b1"]  # fmt: skip
 
