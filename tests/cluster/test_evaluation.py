@@ -88,7 +88,8 @@ def test_metrics_weights_come_from_the_named_folder_first(finished, tmp_path):
     """Also CLIP's, though the tokens' CLIP would do: that one is only taken when the folder has none."""
     own, tokens = tmp_path / "metrics" / BACKBONES["clip_vit_l14"].file, tmp_path / "clip.safetensors"
     clip = replace(finished.config.clip, model="ViT-L-14", checkpoint=str(tokens))
-    config = replace(finished.config, clip=clip, evaluation=replace(finished.config.evaluation, weights=str(own.parent)))
+    config = replace(finished.config, clip=clip, stage2=replace(finished.config.stage2, model="none"),
+                     evaluation=replace(finished.config.evaluation, weights=str(own.parent)))  # fmt: skip
     tokens.touch()
     assert Plan(config).backbone_file("clip_vit_l14") == tokens
     own.parent.mkdir()
@@ -148,12 +149,13 @@ def test_noise_curves_go_into_the_report(finished, monkeypatch):
         results.noise_sensitivity(Plan(replace(finished.config, stage2=replace(finished.config.stage2, model="none"))))
 
 
-def test_published_figures_stand_beside_nsd_s_only(finished):
+def test_published_figures_stand_beside_nsd_s_only(finished, monkeypatch):
     evaluation = replace(finished.config.evaluation, suites=("mini", "brain_diffuser"), skip_missing=True)
     simulated = Plan(replace(finished.config, evaluation=evaluation))
     assert report.published_section(simulated) is None
     nsd = Plan(replace(finished.config, evaluation=evaluation,
                        data=replace(finished.config.data, nsd_root=str(finished.layout.root))))  # fmt: skip
+    monkeypatch.setattr(report, "summary", lambda plan, model: {})  # nothing was decoded from this "NSD"
     table = report.published_section(nsd).tables[0]
     gru = next(row for row in table.rows if row.cells[0].text == "GRU, 15 layers, subjects 1 2 5 7")
     assert gru.cells[list(table.header).index("brain_diffuser/ssim_columns")].text == "0.361"
