@@ -242,7 +242,7 @@ def test_mlflow_has_a_run_per_subject_and_model(finished):
     parent = next(r.info.run_id for r in everything if r.data.tags["nsdray.key"] == key)
     runs = [r for r in everything if parent in (r.info.run_id, r.data.tags.get("mlflow.parentRunId"))]
     assert len(published) == len(PUBLISHED) and all(r.data.tags["data"] == "nsd" for r in published)
-    paper = next(r for r in published if r.info.run_name == "published: GRU 15 layers, subjects 1-2-5-7 (NSD)")
+    paper = next(r for r in published if r.info.run_name == "published: GRU, 15 layers, subjects 1 2 5 7 (NSD)")
     assert paper.data.metrics["stage2_brain_diffuser_ssim_columns"] == 0.361
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
     means = {r.data.params["model"]: r for r in children if r.data.params["subject"] == "1-2"}
@@ -385,9 +385,17 @@ def test_gru_trains_on_two_workers(finished, tmp_path):
     assert np.isfinite(list(scores.mean_scores(plan.subjects[0], "gru").values())).all()
 
 
-def test_nothing_depends_on_the_number_of_workers(finished, tmp_path):
+@pytest.fixture
+def one_cpu(finished):
+    """Another cluster for the time of a test; what comes after it has two CPUs again."""
     ray.shutdown()
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+
+def test_nothing_depends_on_the_number_of_workers(finished, one_cpu, tmp_path):
     config = replace(finished.config, store=StoreConfig(str(tmp_path)), models=("ridge",),
                      data=DataConfig(nsd_root=str(finished.layout.root), subjects=(1,), rows_per_part=64))  # fmt: skip
     plan = Plan(config)

@@ -159,6 +159,12 @@ def test_trials_that_cannot_go_on_are_marked(found, finished, monkeypatch):
     assert (trials.score == tune.FAILED).all() and trials.front.isna().all()
 
 
+def test_trials_that_no_node_can_hold_are_refused(found):
+    config, _, _ = found
+    with pytest.raises(ValueError, match="a trial asks for 64 CPU, which no node .*--search.cpus-per-trial"):
+        search.search(replace(config, search=replace(config.search, name="large", cpus_per_trial=64.0)))
+
+
 def test_a_search_per_subject_with_trials_that_diverge(found):
     """Every MLP diverges, since its weight decay is far too strong; the GRUs beside it do not care."""
     config, _, plan = found
