@@ -331,7 +331,9 @@ def prepare_search(plan: Plan) -> None:
     with checked(plan, ("betas", "stimuli", "captions", "checkpoints")):
         if not trials_of_nodes(resources := trial_resources(plan)):
             asked = ", ".join(f"{amount:g} {name.upper()}" for name, amount in resources.items())
-            raise ValueError(f"a trial asks for {asked}, which no node of the cluster has, so it would wait for ever: ask for less by "
-                             "--search.cpus-per-trial or --search.gpus-per-trial")  # fmt: skip
+            raise ValueError(
+                f"a trial asks for {asked}, which no node of the cluster has: it would wait for ever. Ask for less by "
+                "--search.cpus-per-trial or --search.gpus-per-trial"
+            )
         run.prepare_betas(plan)
         run.extract_targets(plan)
