@@ -14,7 +14,7 @@ from nsdray.cluster.results import flatten, suffix, tracking
 from nsdray.cluster.scores import source_name
 from nsdray.cluster.trials import WHOLE, training_settings
 from nsdray.cluster.tune import prepare_search, run_search, search_plan
-from nsdray.config import Config, digest
+from nsdray.config import Config, StoreConfig, digest
 from nsdray.metrics.pareto import pareto_front
 from nsdray.metrics.table import format_table
 from nsdray.report import Cell, Code, Dots, Figure, Line, Row, Section, Table, dot_chart, line_chart, render
@@ -84,8 +84,8 @@ def with_fronts(trials: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 
 
 def found(plan: Plan, trials: pd.DataFrame, best: Config) -> dict[str, bytes]:
-    """What a search leaves beside its table: charts, the best configuration, a report."""
-    recipe = json.dumps(asdict(best), indent=1)
+    """What a search leaves beside its table: charts, the best configuration (without credentials of the store), a report."""
+    recipe = json.dumps(asdict(replace(best, store=StoreConfig(best.store.root and plan.store.root))), indent=1)
     charts = {f"{cost}.svg": cost_chart(plan, trials, cost) for cost in COSTS} | {"depth.svg": depth_chart(plan, trials)}
     return {**charts, "best.json": recipe.encode(), "report.html": page(plan, trials, charts, recipe).encode()}
 

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from nsdray.cluster import search, trials, tune
 from nsdray.cluster.tracking import start_tracker, tracking_uri
 from nsdray.cluster.trials import WHOLE
-from nsdray.config import Config, SearchConfig
+from nsdray.config import Config, SearchConfig, StoreConfig
 from nsdray.generators.stage1 import decode_pictures, enlarge
 from nsdray.metrics.pixel import pixcorr
 from nsdray.models.vdvae import VDVAEConfig, load_vdvae
@@ -234,6 +234,16 @@ def test_a_search_in_an_object_store(found, s3, monkeypatch, tmp_path):
     for found_trials in (grid, again):
         assert [(result.metrics["score"], result.error) for result in found_trials] == [(0.1, None)] * 2
     assert "tuner.pkl" in store.sizes("searches/far/trials")
+
+
+def test_credentials_are_not_in_what_a_search_leaves(found, s3):
+    config, folder, plan = found
+    far = replace(config, store=StoreConfig(s3.uri("lab/root", user="AKIAKEY:s3cretpart@")))
+    names = SimpleNamespace(config=far, store=Store(far.store.root), is_simulated=True, subjects=plan.subjects)
+    files = search.found(names, trials_of(plan, folder), far)
+    assert not any(secret in data for data in files.values() for secret in (b"s3cretpart", b"AKIAKEY"))
+    assert json.loads(files["best.json"])["store"]["root"].startswith("s3://lab/root")
+    assert json.loads(search.found(plan, trials_of(plan, folder), Config())["best.json"])["store"]["root"] is None
 
 
 def test_rings_are_trials_that_were_stopped(found):
