@@ -161,7 +161,7 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while True:
             self.peak = max(self.peak, shared_bytes())
-            if self._over.wait(0.5):
+            if self._over.wait(1.0):
                 break
 
     def stop(self) -> float:

@@ -6,12 +6,14 @@ its block is at hand (`nsdray.cluster.ridge`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
+from threadpoolctl import threadpool_limits
 
 from nsdray.cluster.data import read_samples, read_targets
 from nsdray.nsd.rois import voxel_groups
@@ -89,6 +91,19 @@ class Choice:
     """What the alpha was chosen by; as `curve_of`."""
 
 
+def on_all_its_cpus(task: Callable) -> Callable:
+    """A task whose linear algebra has a thread for each CPU that the task has. Ray's workers start with one thread, and a worker
+    with another setting would have to be started first."""
+
+    @functools.wraps(task)
+    def with_threads(*arguments: Any) -> Any:
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        with threadpool_limits(max(1, int(cpus))):
+            return task(*arguments)
+
+    return with_threads
+
+
 @ray.remote(num_cpus=1, num_returns=2)
 def standardise(subject: SubjectPlan) -> tuple[Betas, dict[str, np.ndarray]]:
     """z-score the betas by the training images' moments. Also the moments."""
@@ -114,6 +129,7 @@ def sampled_rows(subject: SubjectPlan) -> np.ndarray:
 
 
 @ray.remote
+@on_all_its_cpus
 def make_kernel(betas: Betas, choice: Choice, dtype: str) -> RidgeKernel:
     """The kernel for a choice's penalties, without the betas, which have their own place in the object store."""
     kernel = betas.kernel(choice.penalties, dtype, find_device())
@@ -121,6 +137,7 @@ def make_kernel(betas: Betas, choice: Choice, dtype: str) -> RidgeKernel:
 
 
 @ray.remote
+@on_all_its_cpus
 def decompose(kernel: RidgeKernel) -> Eigen:
     """The eigendecomposition that serves all alphas and all kinds of targets."""
     return dataclasses.replace(kernel, device=find_device()).decompose().to(None)
@@ -133,6 +150,7 @@ def held_out_rows(subject: SubjectPlan) -> np.ndarray | None:
 
 
 @ray.remote(num_returns=2)
+@on_all_its_cpus
 def solve_kernel(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel, eigen: Eigen | None, choice: Choice,
                  with_basis: bool) -> tuple[Smoothers, np.ndarray | None]:  # fmt: skip
     """The smoothers at the chosen alphas; and with_basis what training targets, or with several alphas dual coefficients, are
@@ -175,6 +193,7 @@ def sample_targets(subject: SubjectPlan, fit: Fit, n_targets: int) -> np.ndarray
 
 
 @ray.remote
+@on_all_its_cpus
 def score_penalties(subject: SubjectPlan, betas: Betas, kernel: RidgeKernel | None, eigen: Eigen | None,
                     penalties: tuple[float, ...], settings: list[dict[str, Any]], *targets: np.ndarray
                     ) -> list[AlphaScores]:  # fmt: skip

@@ -84,7 +84,7 @@ def task_options(subject: SubjectPlan, needed: Mapping[str, int], n_at_once: int
     n, p = len(subject.image_ids("train")), len(subject.voxels.index)
     cpus = int(max(node.get("CPU", 1) for node in nodes)) // n_at_once
     if cpus > 1 and n * n * p > SMALL:
-        whole |= {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}}}
+        whole |= {"num_cpus": cpus}
     return whole, share
 
 
